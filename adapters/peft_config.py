@@ -1,0 +1,249 @@
+"""`adapter_config.json` of a PEFT LoRA: what it means for each module, and what in it cannot be served.
+
+Follows PEFT 0.21: rank and alpha of a module come from the first pattern that matches the module path or a
+dotted suffix of it, else from `r` and `lora_alpha`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from loramux.adapters.errors import AdapterFormatError, BaseMismatchError, UnsupportedAdapterError
+
+T = TypeVar("T")
+
+MAX_CONFIG_BYTES = 4 * 2**20
+
+_NO_EFFECT = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "rank_pattern",
+        "alpha_pattern",
+        "r",
+        "lora_alpha",
+        "use_rslora",
+        "init_lora_weights",
+        "bias",
+        "runtime_config",
+        "megatron_core",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+    }
+)
+"""Fields that are read here, or that only matter while training."""
+
+_CHANGES_RESULT = {
+    "use_dora": "DoRA rescales every output column by a learned magnitude",
+    "fan_in_fan_out": "the base weights would be transposed (Conv1D), and only linear modules are served",
+    "lora_bias": "it trains a bias on lora_B",
+    "modules_to_save": "it replaces whole modules of the base",
+    "trainable_token_indices": "it replaces rows of the embedding",
+    "layer_replication": "it changes the layers of the base",
+    "target_parameters": "it adapts bare parameters instead of linear modules",
+    "alora_invocation_tokens": "activated LoRA is switched on by tokens of the prompt",
+    "arrow_config": "Arrow routes every token among several adapters",
+    "use_qalora": "QALoRA pools the input features",
+    "use_bdlora": "BD-LoRA factors are block-diagonal",
+    "kasa_config": "KaSA truncates the base weights and has a third factor",
+    "monteclora_config": "MonteCLoRA adds sampled perturbations",
+    "velora_config": "VeLoRA keeps extra state beside the factors",
+    "megatron_config": "Megatron parallel layers are not served",
+    "ensure_weight_tying": "adapted embeddings are not served",
+    "lora_nums": "it is a LoRAMoE checkpoint: several experts with a router, not one LoRA",
+    "blc_alpha": "it is a LoRAMoE checkpoint: several experts with a router, not one LoRA",
+    "blc_weight": "it is a LoRAMoE checkpoint: several experts with a router, not one LoRA",
+    "routing_strategy": "it is a MixLoRA checkpoint: routed experts, not one LoRA",
+    "num_experts": "it is a mixture with a router, not one LoRA",
+}
+_BASE_KEEPING_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal"})
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """The fields of a LoRA config that decide what is computed.
+
+    Attributes:
+        r, alpha, use_rslora: of modules that no pattern matches.
+        rank_patterns, alpha_patterns: (pattern for the whole module path, value), in the order of the file.
+        target_modules, exclude_modules: as in the file.
+        selects_layers: whether `layers_to_transform` narrows the targets down.
+    """
+
+    r: int
+    alpha: float
+    use_rslora: bool
+    rank_patterns: tuple[tuple[re.Pattern[str], int], ...]
+    alpha_patterns: tuple[tuple[re.Pattern[str], float], ...]
+    target_modules: tuple[str, ...] | str | None
+    exclude_modules: tuple[str, ...] | str | None
+    selects_layers: bool
+
+    def rank(self, module: str) -> int:
+        """Rank that the config promises for a module path."""
+        return _first_match(self.rank_patterns, module, self.r)
+
+    def scale(self, module: str) -> float:
+        """alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023)."""
+        rank = self.rank(module)
+        return _first_match(self.alpha_patterns, module, self.alpha) / (
+            math.sqrt(rank) if self.use_rslora else rank
+        )
+
+    def targets(self, module: str) -> bool | None:
+        """Whether the config targets a module; None if it cannot be told from the name alone."""
+        if self.selects_layers or self.target_modules in (None, "all-linear"):
+            return None
+        return _named(self.target_modules, module) and not _named(self.exclude_modules, module)
+
+
+def read_settings(path: Path, *, base_id: str, any_base: bool) -> LoraSettings:
+    """Parse and check `adapter_config.json`.
+
+    Raises:
+        AdapterFormatError: not readable, not a JSON object, or a field has a wrong type or value.
+        UnsupportedAdapterError: not a plain LoRA; the message names the field.
+        BaseMismatchError: it names another base than `base_id` and `any_base` is False.
+    """
+    fields = _read_object(path)
+    _refuse_unsupported(fields, path)
+    named = fields.get("base_model_name_or_path")
+    if named and named != base_id and not any_base:
+        raise BaseMismatchError(
+            f"{path}: base_model_name_or_path is {named!r}, but this base is {base_id!r}; "
+            "if the adapter does belong to it, allow any base for this expert"
+        )
+    rslora = fields.get("use_rslora") or False
+    if not isinstance(rslora, bool):
+        raise AdapterFormatError(f"{path}: use_rslora must be true or false, got {rslora!r}")
+    return LoraSettings(
+        r=_rank(fields.get("r"), path, "r"),
+        alpha=_alpha(fields.get("lora_alpha"), path, "lora_alpha"),
+        use_rslora=rslora,
+        rank_patterns=_patterns(fields, path, "rank_pattern", _rank),
+        alpha_patterns=_patterns(fields, path, "alpha_pattern", _alpha),
+        target_modules=_names(fields, path, "target_modules"),
+        exclude_modules=_names(fields, path, "exclude_modules"),
+        selects_layers=bool(fields.get("layers_to_transform")) or fields.get("layers_to_transform") == 0,
+    )
+
+
+def _read_object(path: Path) -> Mapping[str, object]:
+    size = path.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise AdapterFormatError(f"{path}: {size} bytes is too large for an adapter config")
+    try:
+        fields = json.loads(path.read_bytes())
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise AdapterFormatError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise AdapterFormatError(f"{path}: expected a JSON object, got {type(fields).__name__}")
+    return fields
+
+
+def _refuse_unsupported(fields: Mapping[str, object], path: Path) -> None:
+    for name in ("lora_nums", "routing_strategy"):
+        if _is_set(fields.get(name)):
+            raise UnsupportedAdapterError(f"{path}: {name} is set: {_CHANGES_RESULT[name]}")
+    kind = fields.get("peft_type")
+    if kind != "LORA":
+        raise UnsupportedAdapterError(f"{path}: peft_type is {kind!r}; only 'LORA' can be an expert")
+    if fields.get("bias", "none") not in ("none", None):
+        raise UnsupportedAdapterError(f"{path}: bias is {fields['bias']!r}; only 'none' is served")
+    init = fields.get("init_lora_weights", True)
+    if str(init).lower() not in _BASE_KEEPING_INITS:
+        raise UnsupportedAdapterError(
+            f"{path}: init_lora_weights is {init!r}, which changes the base weights; convert the "
+            "adapter to a plain LoRA when saving it (PEFT: path_initial_model_for_weight_conversion)"
+        )
+    for name, value in fields.items():
+        if name in _NO_EFFECT or not _is_set(value):
+            continue
+        if name in _CHANGES_RESULT:
+            raise UnsupportedAdapterError(f"{path}: {name} is set: {_CHANGES_RESULT[name]}")
+        raise UnsupportedAdapterError(
+            f"{path}: unknown field {name!r} = {str(value)[:60]}; it may change the result, so it is refused"
+        )
+
+
+def _is_set(value: object) -> bool:
+    """Whether a field differs from "off". Zero counts as set: a zero can be a meaningful value."""
+    return not (value is None or value is False or value in ("", [], {}))
+
+
+def _rank(value: object, path: Path, name: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise AdapterFormatError(f"{path}: rank {name!r} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _alpha(value: object, path: Path, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterFormatError(f"{path}: alpha {name!r} must be a finite number, got {value!r}")
+    return float(value)
+
+
+def _patterns(
+    fields: Mapping[str, object], path: Path, name: str, check: Callable[[object, Path, str], T]
+) -> tuple[tuple[re.Pattern[str], T], ...]:
+    """A pattern must cover the whole module path, or a suffix of it that starts after a dot."""
+    value = fields.get(name) or {}
+    if not isinstance(value, dict):
+        raise AdapterFormatError(f"{path}: {name} must be an object, got {value!r}")
+    return tuple(
+        (_compile(rf"(?:.*\.)?(?:{pattern})", path, name), check(entry, path, f"{name}[{pattern}]"))
+        for pattern, entry in value.items()
+    )
+
+
+def _names(fields: Mapping[str, object], path: Path, name: str) -> tuple[str, ...] | str | None:
+    value = fields.get(name)
+    if isinstance(value, str):
+        _compile(value, path, name)
+        return value
+    if value is None:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise AdapterFormatError(
+            f"{path}: {name} must be a list of names or a regular expression, got {value!r}"
+        )
+    return tuple(value)
+
+
+def _compile(pattern: str, path: Path, name: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise AdapterFormatError(f"{path}: {name}: {pattern!r} is no regular expression: {error}") from error
+
+
+def _first_match(patterns: tuple[tuple[re.Pattern[str], T], ...], module: str, default: T) -> T:
+    return next((value for pattern, value in patterns if pattern.fullmatch(module)), default)
+
+
+def _named(names: tuple[str, ...] | str | None, module: str) -> bool:
+    """Membership as PEFT decides it: a string is a regular expression, a list holds paths or suffixes."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
