@@ -1,0 +1,341 @@
+"""Which blends are on the device: merged once, pinned while in use, evicted by age when others need the room."""
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from loramux.adapters.arena import Arena
+from loramux.adapters.blend import Blend
+from loramux.adapters.errors import BlendError
+from loramux.adapters.lora import LoraAdapter
+from loramux.adapters.merge import merge
+from loramux.kernels.gated_lora.plan import Extent, GateSlot
+
+
+class BlendTooLarge(BlendError):
+    """The blend needs more rows than the arena has, however empty it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handle:
+    """What a lease gives to the engine: the rows and gate to apply, and the key that tells KV caches apart."""
+
+    key: str
+    slot: GateSlot
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A blend made resident and pinned. `handle` is `None` for the bare base; `seconds` is what merging took."""
+
+    key: str
+    method: str
+    handle: Handle | None
+    rank: int
+    relative_error: float
+    cached: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ResidencyStats:
+    """A snapshot for `/metrics`; counters only grow."""
+
+    capacity_bytes: int
+    used_bytes: int
+    pinned_bytes: int
+    host_bytes: int
+    blends: int
+    resident_experts: tuple[str, ...]
+    hits: int
+    misses: int
+    evictions: int
+
+
+@dataclass(eq=False)
+class _Resident:
+    """An adapter on the device: an expert, or the result of an inexact merge."""
+
+    key: str
+    adapter: LoraAdapter
+    is_expert: bool
+    extents: tuple[Extent, ...]
+    ready: asyncio.Future[None]
+    pins: int = 0
+
+    @property
+    def is_broken(self) -> bool:
+        return not self.ready.done() or self.ready.exception() is not None
+
+
+class _Source(NamedTuple):
+    """An adapter that a blend needs resident, under which key, and with what factor on its rows."""
+
+    key: str
+    adapter: LoraAdapter
+    gate: float
+    is_expert: bool
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A blend and the residents it stands on. It holds one pin on each while it has pins of its own."""
+
+    blend: Blend
+    pins: int = 0
+    residents: list[_Resident] = field(default_factory=list)
+    handle: Handle | None = None
+    rank: int = 0
+    relative_error: float = 0.0
+    seconds: float = 0.0
+    task: asyncio.Task[None] | None = None
+
+
+class Residency:
+    """Leases blends over one arena.
+
+    An exact blend is a rank concatenation by reference: its experts' rows stay where they are and its gate
+    carries the weights, so two blends share the experts they have in common and a new mixture of resident
+    experts copies nothing. The result of an inexact merge has rows of its own. Everything but the merging and
+    copying itself happens on the event loop.
+    """
+
+    def __init__(self, experts: Mapping[str, LoraAdapter], arena: Arena, *, max_blends: int = 1024) -> None:
+        self._experts = dict(experts)
+        self._arena = arena
+        self._max_blends = max_blends
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._blends: OrderedDict[str, _Entry] = OrderedDict()
+        self._allocating = asyncio.Lock()
+        self._released = asyncio.Event()
+        self._hits = self._misses = self._evictions = 0
+
+    @property
+    def experts(self) -> Mapping[str, LoraAdapter]:
+        """The host tier: every expert of the pool by id."""
+        return self._experts
+
+    @asynccontextmanager
+    async def lease(self, blend: Blend) -> AsyncIterator[Lease]:
+        """Make a blend resident and hold it there until the context ends.
+
+        Concurrent leases of one blend merge it once. When other leases hold the room it needs, this waits.
+
+        Raises:
+            BlendTooLarge: it could never fit.
+            BlendError: it names an expert that the pool does not have (any more), or the merge refused it.
+        """
+        if blend.is_bare:
+            yield Lease(blend.key, blend.method, None, 0, 0.0, True, 0.0)
+            return
+        entry = self._blends.get(blend.key)
+        cached = entry is not None and entry.handle is not None
+        self._hits += cached
+        self._misses += not cached
+        if entry is None:
+            entry = self._blends[blend.key] = _Entry(blend)
+            self._pin(entry)
+            entry.task = asyncio.create_task(self._make_resident(entry))
+            entry.task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        self._blends.move_to_end(blend.key)
+        self._pin(entry)
+        try:
+            if entry.handle is None and entry.task is not None:
+                # Shielded: one client that leaves must not undo the merge that others wait for.
+                await asyncio.shield(entry.task)
+            seconds = 0.0 if cached else entry.seconds
+            yield Lease(
+                blend.key, blend.method, entry.handle, entry.rank, entry.relative_error, cached, seconds
+            )
+        finally:
+            self._unpin(entry)
+
+    def add_expert(self, expert: LoraAdapter) -> None:
+        """Put an expert into the host tier.
+
+        Raises:
+            BlendError: the id is taken.
+        """
+        if expert.id in self._experts:
+            raise BlendError(f"an expert with the id {expert.id!r} is loaded already; unload it first")
+        self._experts[expert.id] = expert
+
+    def remove_expert(self, expert_id: str) -> None:
+        """Take an expert out: running requests keep it, new ones no longer find it, its rows go when unused.
+
+        Raises:
+            BlendError: there is no such expert.
+        """
+        if self._experts.pop(expert_id, None) is None:
+            raise BlendError(f"there is no expert {expert_id!r}")
+        self._drop_orphans()
+
+    def stats(self) -> ResidencyStats:
+        unit = self._arena.bytes_per_row
+        pinned = sum(_rows(r.extents) for r in self._residents.values() if r.pins)
+        return ResidencyStats(
+            capacity_bytes=self._arena.rows * unit,
+            used_bytes=(self._arena.rows - self._arena.free_rows) * unit,
+            pinned_bytes=pinned * unit,
+            host_bytes=sum(expert.nbytes for expert in self._experts.values()),
+            blends=len(self._blends),
+            resident_experts=tuple(e.id for e in self._experts.values() if e.content_hash in self._residents),
+            hits=self._hits,
+            misses=self._misses,
+            evictions=self._evictions,
+        )
+
+    def check_integrity(self) -> None:
+        """Recount rows and pins.
+
+        Raises:
+            RuntimeError: a row is lost or counted twice, or a pin is off.
+        """
+        used = sum(_rows(r.extents) for r in self._residents.values())
+        if used + self._arena.free_rows != self._arena.rows:
+            raise RuntimeError(f"{used} rows in use and {self._arena.free_rows} free of {self._arena.rows}")
+        for key, resident in self._residents.items():
+            pins = sum(e.pins > 0 and resident in e.residents for e in self._blends.values())
+            if pins != resident.pins:
+                raise RuntimeError(f"resident {key} has {resident.pins} pins, {pins} blends hold it")
+
+    # Making a blend resident
+
+    async def _make_resident(self, entry: _Entry) -> None:
+        started = time.monotonic()
+        try:
+            sources = await self._sources(entry)
+            await self._reserve(entry, sources)
+            for resident in entry.residents:
+                await resident.ready
+            gates = [
+                torch.full((_rows(resident.extents),), source.gate)
+                for resident, source in zip(entry.residents, sources, strict=True)
+            ]
+            slot = GateSlot(
+                extents=tuple(extent for resident in entry.residents for extent in resident.extents),
+                gate=torch.cat(gates),
+                modules=frozenset(module for r in entry.residents for module in r.adapter.pairs),
+            )
+            entry.seconds = time.monotonic() - started
+            entry.handle = Handle(entry.blend.key, slot)
+        finally:
+            if entry.handle is None and self._blends.get(entry.blend.key) is entry:
+                del self._blends[entry.blend.key]
+            self._unpin(entry)
+            self._limit_blends()
+
+    async def _sources(self, entry: _Entry) -> list[_Source]:
+        """The adapters whose rows make the blend; merges them first where the method is not exact."""
+        blend = entry.blend
+        parts = []
+        for part in blend.parts:
+            expert = self._experts.get(part.expert_id)
+            if expert is None or expert.content_hash != part.content_hash:
+                raise BlendError(f"the expert {part.expert_id!r} is not in the pool any more")
+            parts.append((expert, part.weight))
+        if blend.method == "exact":
+            entry.rank = sum(expert.max_rank for expert, _ in parts)
+            return [_Source(expert.content_hash, expert, weight, True) for expert, weight in parts]
+        merged = await asyncio.to_thread(
+            merge, parts, blend.method, rank=blend.rank, density=blend.density, seed=blend.seed or 0
+        )
+        entry.rank, entry.relative_error = merged.rank, merged.relative_error
+        return [_Source(blend.key, merged.adapter, 1.0, False)]
+
+    async def _reserve(self, entry: _Entry, sources: list[_Source]) -> None:
+        """Pin what is resident, find room for the rest, and copy it in."""
+        needed = sum(source.adapter.max_rank for source in sources)
+        if needed > self._arena.rows:
+            unit = self._arena.bytes_per_row
+            raise BlendTooLarge(
+                f"the blend needs {needed} rows ({needed * unit} bytes) of adapter memory, "
+                f"there are {self._arena.rows} ({self._arena.rows * unit} bytes)"
+            )
+        fresh: list[_Resident] = []
+        async with self._allocating:  # one at a time, in order: two half-served blends would wait for ever
+            for source in sources:
+                if (resident := self._residents.get(source.key)) is not None:
+                    self._residents.move_to_end(source.key)
+                    self._hold(entry, resident)
+            for source in sources:
+                if source.key not in self._residents:
+                    fresh.append(await self._allocate(source))
+                    self._hold(entry, fresh[-1])
+        order = {source.key: i for i, source in enumerate(sources)}
+        entry.residents.sort(key=lambda resident: order[resident.key])
+        for resident in fresh:
+            try:
+                await asyncio.to_thread(self._arena.write, resident.adapter, resident.extents)
+                resident.ready.set_result(None)
+            finally:
+                if not resident.ready.done():
+                    resident.ready.set_exception(BlendError(f"copying {resident.adapter.id!r} in failed"))
+
+    def _hold(self, entry: _Entry, resident: _Resident) -> None:
+        entry.residents.append(resident)
+        resident.pins += 1
+
+    async def _allocate(self, source: _Source) -> _Resident:
+        rows = source.adapter.max_rank
+        while self._arena.free_rows < rows:
+            victim = next((key for key, resident in self._residents.items() if not resident.pins), None)
+            if victim is not None:
+                self._evict(victim)
+                self._evictions += 1
+            else:
+                self._released.clear()
+                await self._released.wait()
+        ready = asyncio.get_running_loop().create_future()
+        resident = _Resident(source.key, source.adapter, source.is_expert, self._arena.allocate(rows), ready)
+        self._residents[source.key] = resident
+        return resident
+
+    # Letting go
+
+    def _pin(self, entry: _Entry) -> None:
+        if not entry.pins:
+            for resident in entry.residents:
+                resident.pins += 1
+                self._residents.move_to_end(resident.key)
+        entry.pins += 1
+
+    def _unpin(self, entry: _Entry) -> None:
+        entry.pins -= 1
+        if entry.pins:
+            return
+        for resident in entry.residents:
+            resident.pins -= 1
+        self._drop_orphans()
+        self._released.set()
+
+    def _evict(self, key: str) -> None:
+        """Free an unpinned resident's rows and forget the blends that stand on it."""
+        resident = self._residents.pop(key)
+        for blend_key in [k for k, entry in self._blends.items() if resident in entry.residents]:
+            del self._blends[blend_key]
+        self._arena.free(resident.extents)
+
+    def _drop_orphans(self) -> None:
+        """Free what nobody can ask for any more: removed experts, merges without a blend, failed copies."""
+        experts = {expert.content_hash for expert in self._experts.values()}
+        for key, resident in list(self._residents.items()):
+            wanted = key in experts if resident.is_expert else key in self._blends
+            if not resident.pins and (resident.is_broken or not wanted):
+                self._evict(key)
+
+    def _limit_blends(self) -> None:
+        excess = len(self._blends) - self._max_blends
+        for key in [k for k, entry in self._blends.items() if not entry.pins][: max(0, excess)]:
+            del self._blends[key]
+        self._drop_orphans()
+
+
+def _rows(extents: tuple[Extent, ...]) -> int:
+    return sum(hi - lo for lo, hi in extents)

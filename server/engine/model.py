@@ -1,0 +1,96 @@
+"""The base model: loaded from local safetensors, in 4 bits where asked, frozen."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class BaseModelError(ValueError):
+    """The base model cannot be loaded; the message names the directory and the reason."""
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one.
+
+    Raises:
+        BaseModelError: the device does not exist here.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BaseModelError(f"device {device!r} was asked for, but torch sees no CUDA GPU; use device: cpu")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
+    """`auto` is bfloat16 on a GPU that has it and float16 on one that has not.
+
+    On a CPU it is float32, except that a bfloat16 checkpoint of over a gigabyte would double: see `load_base`.
+    """
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return stored or torch.float32
+
+
+def resolve_quantization(quantization: str, device: torch.device) -> str:
+    """`auto` is nf4 on CUDA and none on a CPU, where 4-bit prefill is several times slower than bfloat16."""
+    if quantization == "auto":
+        return "nf4" if device.type == "cuda" else "none"
+    return quantization
+
+
+def load_base(
+    path: str | Path, *, dtype: str = "auto", quantization: str = "auto", device: str = "auto"
+) -> PreTrainedModel:
+    """Load a causal language model for serving.
+
+    Only safetensors are read and no code of the checkpoint runs. A hub id works if its files are in the local
+    cache already.
+
+    Raises:
+        BaseModelError: a file is missing or damaged, or the device, dtype and quantization do not go together.
+    """
+    target = resolve_device(device)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"base model {path}: {_first_line(error)}") from error
+    large = _weight_bytes(path) > 2**30
+    compute = resolve_dtype(dtype, target, getattr(config, "dtype", None) if large else None)
+    arguments: dict[str, object] = {}
+    if resolve_quantization(quantization, target) == "nf4":
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_use_double_quant=True,
+        )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=compute,
+            device_map={"": target},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **arguments,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise BaseModelError(f"base model {path}: {_first_line(error)}") from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _weight_bytes(path: str | Path) -> int:
+    directory = Path(path)
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) if directory.is_dir() else 2**31
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

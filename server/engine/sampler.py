@@ -1,0 +1,105 @@
+"""From logits to the next token of one sequence, with its own parameters and its own random numbers."""
+
+import secrets
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from loramux.server.engine.protocol import Sampling, TokenScore
+
+
+class Sampler:
+    """The sampling state of one sequence.
+
+    A seeded sampler draws the same tokens alone and in a batch: its random numbers depend on the seed and the
+    position only, and a draw inverts the cumulative distribution in the order of the token ids, so that the
+    last bits of the logits, which do depend on the batch, practically never decide.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: tuple[int, ...]) -> None:
+        self.sampling = sampling
+        self._counts: Counter[int] = Counter()
+        self._seen: set[int] = set(prompt) if sampling.repetition_penalty != 1.0 else set()
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        self._random = torch.Generator().manual_seed(seed)
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the next token is the argmax of the logits and nothing more is asked."""
+        s = self.sampling
+        return s.temperature == 0 and s.logprobs is None and not self._changes_logits
+
+    @property
+    def _changes_logits(self) -> bool:
+        s = self.sampling
+        return bool(
+            s.logit_bias or s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0
+        )
+
+    def sample(self, logits: Tensor) -> TokenScore:
+        """Choose the next token from float32 `logits` of shape [vocabulary], which stay as they are."""
+        scores = self._adjusted(logits) if self._changes_logits else logits
+        token = int(scores.argmax()) if self.sampling.temperature == 0 else self._draw(scores)
+        return token_score(logits, token, self.sampling.logprobs)
+
+    def accept(self, token: int) -> None:
+        """Count a token that became part of the answer."""
+        self._counts[token] += 1
+        if self.sampling.repetition_penalty != 1.0:
+            self._seen.add(token)
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """Repetition penalty over prompt and answer, presence and frequency over the answer, then the bias."""
+        s = self.sampling
+        logits = logits.clone()
+        device = logits.device
+        if self._seen:
+            ids = torch.tensor(sorted(self._seen), device=device)
+            values = logits[ids]
+            penalty = s.repetition_penalty
+            logits[ids] = torch.where(values > 0, values / penalty, values * penalty)
+        if self._counts and (s.presence_penalty or s.frequency_penalty):
+            ids = torch.tensor(list(self._counts), device=device)
+            counts = torch.tensor(list(self._counts.values()), device=device, dtype=logits.dtype)
+            logits[ids] -= s.presence_penalty + s.frequency_penalty * counts
+        if s.logit_bias:
+            ids = torch.tensor(list(s.logit_bias), device=device)
+            logits[ids] += torch.tensor(list(s.logit_bias.values()), device=device, dtype=logits.dtype)
+        return logits
+
+    def _draw(self, scores: Tensor) -> int:
+        """Temperature, then min-p, top-k and top-p, each on what the one before left over."""
+        s = self.sampling
+        scores = (scores - scores.max()) / s.temperature
+        if s.min_p > 0:
+            scores = scores.masked_fill(scores.exp() < s.min_p, float("-inf"))
+        if 0 < s.top_k < scores.numel():
+            scores = scores.masked_fill(scores < scores.topk(s.top_k).values[-1], float("-inf"))
+        if s.top_p < 1:
+            scores = _nucleus(scores, s.top_p)
+        cumulative = scores.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+        uniform = torch.rand((), generator=self._random, dtype=torch.float64).to(cumulative.device)
+        token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+        return min(token, scores.numel() - 1)
+
+
+def _nucleus(scores: Tensor, top_p: float) -> Tensor:
+    """Keep the smallest set of most likely tokens whose probability reaches `top_p`, at least one."""
+    probabilities, order = scores.softmax(dim=-1).sort(descending=True)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    dropped = order[before >= top_p]
+    dropped = dropped[dropped != order[0]]
+    return scores.index_fill(0, dropped, float("-inf"))
+
+
+def token_score(logits: Tensor, token: int, alternatives: int | None) -> TokenScore:
+    """The natural-log probability of `token` under `logits` [vocabulary], and of the likeliest others."""
+    if alternatives is None:
+        return TokenScore(token)
+    logprobs = logits.log_softmax(dim=-1)
+    top = ()
+    if alternatives:
+        best = logprobs.topk(min(alternatives, logprobs.numel()))
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenScore(token, float(logprobs[token]), top)
