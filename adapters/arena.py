@@ -1,4 +1,5 @@
-"""The memory on the device that resident adapters share: rows of stacked low-rank factors, one pair a module."""
+"""The memory on the device that resident adapters share: rows of stacked low-rank factors, one pair a
+module."""
 
 import threading
 from collections.abc import Sequence

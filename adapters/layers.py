@@ -65,7 +65,5 @@ class GatedLinear(nn.Module):
         runs = plan.of(self.path)
         if runs:
             with torch.no_grad():
-                gated_lora_(
-                    y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._a[0], self._b[0], runs
-                )
+                gated_lora_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._a[0], self._b[0], runs)
         return y

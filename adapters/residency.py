@@ -1,4 +1,5 @@
-"""Which blends are on the device: merged once, pinned while in use, evicted by age when others need the room."""
+"""Which blends are on the device: merged once, pinned while in use, evicted by age when others need the
+room."""
 
 import asyncio
 import time
@@ -24,7 +25,8 @@ class BlendTooLarge(BlendError):
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """What a lease gives to the engine: the rows and gate to apply, and the key that tells KV caches apart."""
+    """What a lease gives to the engine: the rows and gate to apply, and the key that tells KV caches
+    apart."""
 
     key: str
     slot: GateSlot
@@ -32,7 +34,8 @@ class Handle:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A blend made resident and pinned. `handle` is `None` for the bare base; `seconds` is what merging took."""
+    """A blend made resident and pinned. `handle` is `None` for the bare base; `seconds` is what merging
+    took."""
 
     key: str
     method: str

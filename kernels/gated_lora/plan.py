@@ -1,4 +1,5 @@
-"""Which tokens of a batch meet which rows of the stacked factors: decided once a step, used by every layer."""
+"""Which tokens of a batch meet which rows of the stacked factors: decided once a step, used by every
+layer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,8 +10,9 @@ from torch import Tensor
 
 Extent = tuple[int, int]
 
-#: From this many tokens on, a request gets matrix products over its own rows alone; shorter ones share a dense
-#: gate, because at a handful of tokens the number of calls costs more than the rows that are multiplied by zero.
+#: From this many tokens on, a request gets matrix products over its own rows alone; shorter ones share a
+#: dense gate, because at a handful of tokens the number of calls costs more than the rows that are multiplied
+#: by zero.
 LONG_SEGMENT = 16
 
 

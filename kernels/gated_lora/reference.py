@@ -19,7 +19,8 @@ def dense_gate(runs: Sequence[Run], tokens: int, rows: int) -> Tensor:
 def gated_lora_reference(y: Tensor, x: Tensor, a: Tensor, b: Tensor, gate: Tensor) -> Tensor:
     """`y + (x Aᵀ ⊙ g) B`, computed in float32, or float64 if `x` is.
 
-    Shapes: y [T, out], x [T, in], a [R, in], b [R, out], gate [T, R]; the result has the shape and dtype of y.
+    Shapes: y [T, out], x [T, in], a [R, in], b [R, out], gate [T, R]; the result has the shape and dtype of
+    y.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     hidden = (x.to(wide) @ a.to(wide).T) * gate.to(wide)

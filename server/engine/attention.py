@@ -1,8 +1,8 @@
 """Attention over a packed batch, one request at a time: what a CPU does best without a varlen kernel.
 
 The stock SDPA path masks one dense block of all queries against all keys of the batch, so that sixteen
-requests pay for sixteen times the keys they need. Here each request sees its own keys only, grouped-query heads
-stay grouped, and no mask is built for a decode step or a whole prompt.
+requests pay for sixteen times the keys they need. Here each request sees its own keys only, grouped-query
+heads stay grouped, and no mask is built for a decode step or a whole prompt.
 """
 
 from typing import Any
@@ -20,9 +20,8 @@ def per_request_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | None,  # noqa: ARG001 - the interface passes it; here every request is causal
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Update the paged cache, then attend request by request.
@@ -34,7 +33,9 @@ def per_request_attention(
         ValueError: for attention sinks, which this form does not compute, or without a paged cache.
     """
     if kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None:
-        raise ValueError(f"{type(module).__name__} uses attention sinks, which are not supported on this device")
+        raise ValueError(
+            f"{type(module).__name__} uses attention sinks, which are not supported on this device"
+        )
     cache = kwargs.get("cache")
     if cache is None:
         raise ValueError(f"the attention {PER_REQUEST!r} works on a paged cache only")
@@ -45,15 +46,18 @@ def per_request_attention(
     softcap = kwargs.get("softcap")
     out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
     for q0, q1, k0, k1 in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False):
-        part = _attend(
-            query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], scaling, window, softcap
-        )
+        part = _attend(query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], scaling, window, softcap)
         out[:, q0:q1] = part.transpose(1, 2)
     return out, None
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Causal attention of the last queries of one request over all its keys, [1, heads, q, dim]."""
     n_q, n_k = query.shape[2], key.shape[2]

@@ -1,8 +1,8 @@
 """The one file that touches the internals of transformers' continuous batching.
 
-What is ours: which adapter rows each request of a step uses, prefix hashes salted with the blend, sampling with
-per-request parameters, prompt scores, an acknowledged cancel, and a step that fails only its own requests. All
-of it by subclass; `tests/unit/server/test_batching_contract.py` fails when the internals move.
+What is ours: which adapter rows each request of a step uses, prefix hashes salted with the blend, sampling
+with per-request parameters, prompt scores, an acknowledged cancel, and a step that fails only its own
+requests. All of it by subclass; `tests/unit/server/test_batching_contract.py` fails when the internals move.
 """
 
 import threading
@@ -83,9 +83,9 @@ class StepHooks:
 class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
     """A paged cache whose prefix hashes see the blend and not only the tokens.
 
-    The stock hashes see tokens alone, so two blends with one prompt would share keys and values. Here the first
-    token of a salted request is replaced, for hashing only, by a number above the vocabulary that stands for
-    (salt, first token). Numbers are never used twice.
+    The stock hashes see tokens alone, so two blends with one prompt would share keys and values. Here the
+    first token of a salted request is replaced, for hashing only, by a number above the vocabulary that
+    stands for (salt, first token). Numbers are never used twice.
     """
 
     MAX_SALTS = 65536
@@ -102,7 +102,10 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
         return int(super().search_prefix_match(request_id, self._salted(request_id, prompt_ids)))
 
     def mark_complete_blocks(self, state: RequestState, complete_blocks: dict[str, int]) -> None:
-        if not self.allow_block_sharing or not complete_blocks or state.status == RequestStatus.FINISHED:
+        # The stock form leaves finished requests out, for the sake of asynchronous batching. Here their
+        # blocks are still theirs at this point, and a request of a single step should leave its prefix behind
+        # too.
+        if not self.allow_block_sharing or not complete_blocks:
             return
         tokens = self._salted(state.request_id, state.initial_tokens + state.generated_tokens)
         for name, count in complete_blocks.items():
@@ -176,7 +179,8 @@ class HookedRunner(ModelRunner):  # type: ignore[misc]
                 model, batch_data, carry_over_ids, prev_output_ids, output_ids
             )
             return
-        # Log-probabilities of prompt tokens need the logits of every prompt position, not of the last ones only.
+        # Log-probabilities of prompt tokens need the logits of every prompt position, not of the last ones
+        # only.
         batch_data.pop("logits_to_keep", None)
         logits = model(**batch_data).logits[0]  # [tokens, vocabulary]
         start = 0
@@ -276,8 +280,8 @@ class Batching(ContinuousBatchingManager):  # type: ignore[misc]
             max_batch_tokens=max_batch_tokens,
             max_requests_per_batch=max_running,
             allow_block_sharing=prefix_sharing,
-            # Sampling is per request and happens in Python, so a step cannot be replayed from a graph as a whole
-            # and the next one cannot start before its tokens are known.
+            # Sampling is per request and happens in Python, so a step cannot be replayed from a graph as a
+            # whole and the next one cannot start before its tokens are known.
             use_async_batching=False,
             use_cuda_graph=False,
             seed=0,
@@ -285,6 +289,7 @@ class Batching(ContinuousBatchingManager):  # type: ignore[misc]
         super().__init__(model, GenerationConfig(do_sample=False, eos_token_id=-1), config)
         self._hooks = hooks
         self._on_death = on_death
+        self._generation_thread: threading.Thread | None = None
         self.output_router = HookedOutput(hooks)
 
     def switch_to_cb_friendly_attn(self, model: PreTrainedModel, auto_switch_to_flash: bool = True) -> None:
@@ -317,8 +322,9 @@ class Batching(ContinuousBatchingManager):  # type: ignore[misc]
             raise RuntimeError(self.background_thread_status.can_accept_new_requests() or "not accepted")
 
     def shutdown(self, timeout: float) -> None:
-        """Let what runs finish for `timeout` seconds, then fail the rest. Blocks until the thread has ended."""
-        thread = self._generation_thread
+        """Let what runs finish for `timeout` seconds, then fail the rest. Blocks until the thread has
+        ended."""
+        thread: threading.Thread | None = self._generation_thread
         if thread is None:
             return
         for status, patience in (
@@ -329,7 +335,9 @@ class Batching(ContinuousBatchingManager):  # type: ignore[misc]
             self._wake_up_loop.set()
             thread.join(patience)
             if not thread.is_alive():
-                return
+                break
+        if self._original_attn_impl is not None:
+            self.model.set_attn_implementation(self._original_attn_impl)
 
     @property
     def kv_usage(self) -> float:

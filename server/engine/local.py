@@ -3,11 +3,10 @@
 import asyncio
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -92,7 +91,7 @@ class LocalEngine(StepHooks):
             self._closed = "the server is shutting down"
         await asyncio.to_thread(self._batching.shutdown, timeout)
 
-    async def run(self, work: Work) -> AsyncIterator[Event]:
+    async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         self._admit(work)
         seq = Running(work, self._stop_ids(work), asyncio.get_running_loop())
         self._sequences[work.id] = seq
@@ -116,9 +115,7 @@ class LocalEngine(StepHooks):
     def stats(self) -> EngineStats:
         running = sum(seq.started for seq in list(self._sequences.values()))
         waiting = len(self._sequences) - running
-        return replace(
-            self._stats, running=running, waiting=waiting, kv_usage=self._batching.kv_usage
-        )
+        return replace(self._stats, running=running, waiting=waiting, kv_usage=self._batching.kv_usage)
 
     def _admit(self, work: Work) -> None:
         if self._closed is not None:
@@ -252,7 +249,7 @@ class LocalEngine(StepHooks):
         """Deliver everything of this step in one call to the event loop."""
         outbox, self._outbox = self._outbox, []
         if outbox:
-            _call(outbox[0][0].loop, lambda: [seq.events.put_nowait(event) for seq, event in outbox])
+            _call(outbox[0][0].loop, lambda: _deliver(outbox))
 
     def _died(self, error: BaseException | None) -> None:
         """The stepping thread has ended: nobody may wait for it any more."""
@@ -267,8 +264,11 @@ class LocalEngine(StepHooks):
         self._flush()
 
 
-def _call(loop: asyncio.AbstractEventLoop, callback: object) -> None:
-    try:
-        loop.call_soon_threadsafe(callback)  # type: ignore[arg-type]
-    except RuntimeError:
-        pass  # the loop is closed, so nobody waits on it
+def _deliver(outbox: Sequence[tuple[Running, Event | EngineError]]) -> None:
+    for seq, event in outbox:
+        seq.events.put_nowait(event)
+
+
+def _call(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # a closed loop has nobody waiting on it
+        loop.call_soon_threadsafe(callback)

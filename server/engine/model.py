@@ -28,7 +28,8 @@ def resolve_device(device: str) -> torch.device:
 def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
     """`auto` is bfloat16 on a GPU that has it and float16 on one that has not.
 
-    On a CPU it is float32, except that a bfloat16 checkpoint of over a gigabyte would double: see `load_base`.
+    On a CPU it is float32, except that a bfloat16 checkpoint of over a gigabyte would double: see
+    `load_base`.
     """
     if dtype != "auto":
         return DTYPES[dtype]
@@ -53,7 +54,8 @@ def load_base(
     cache already.
 
     Raises:
-        BaseModelError: a file is missing or damaged, or the device, dtype and quantization do not go together.
+        BaseModelError: a file is missing or damaged, or the device, dtype and quantization do not go
+        together.
     """
     target = resolve_device(device)
     try:
@@ -89,7 +91,9 @@ def load_base(
 
 def _weight_bytes(path: str | Path) -> int:
     directory = Path(path)
-    return sum(file.stat().st_size for file in directory.glob("*.safetensors")) if directory.is_dir() else 2**31
+    return (
+        sum(file.stat().st_size for file in directory.glob("*.safetensors")) if directory.is_dir() else 2**31
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ The protocol carries no tensors and no model objects. An adapter is an opaque ha
 out and only the engine understands, so that an engine may also be a remote cluster.
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -51,7 +51,8 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """A token, its natural-log probability (`None` for the first token of a prompt) and the likeliest others."""
+    """A token, its natural-log probability (`None` for the first token of a prompt) and the likeliest
+    others."""
 
     id: int
     logprob: float | None = None
@@ -136,7 +137,7 @@ class Engine(Protocol):
         """Finish what runs for at most `timeout` seconds, fail the rest with `EngineClosed`, and end."""
         ...
 
-    def run(self, work: Work) -> AsyncIterator[Event]:
+    def run(self, work: Work) -> AsyncGenerator[Event, None]:
         """Events of one sequence, ending with `Finished`.
 
         An async generator: closing it (`contextlib.aclosing`) aborts the sequence, and returns only when no

@@ -33,14 +33,15 @@ class Sampler:
     @property
     def _changes_logits(self) -> bool:
         s = self.sampling
-        return bool(
-            s.logit_bias or s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0
-        )
+        return bool(s.logit_bias or s.presence_penalty or s.frequency_penalty or s.repetition_penalty != 1.0)
 
     def sample(self, logits: Tensor) -> TokenScore:
         """Choose the next token from float32 `logits` of shape [vocabulary], which stay as they are."""
         scores = self._adjusted(logits) if self._changes_logits else logits
-        token = int(scores.argmax()) if self.sampling.temperature == 0 else self._draw(scores)
+        if self.sampling.temperature == 0:
+            token = int(scores.argmax())
+        else:
+            token = self._draw(next_token_distribution(scores, self.sampling))
         return token_score(logits, token, self.sampling.logprobs)
 
     def accept(self, token: int) -> None:
@@ -50,7 +51,8 @@ class Sampler:
             self._seen.add(token)
 
     def _adjusted(self, logits: Tensor) -> Tensor:
-        """Repetition penalty over prompt and answer, presence and frequency over the answer, then the bias."""
+        """Repetition penalty over prompt and answer, presence and frequency over the answer, then the
+        bias."""
         s = self.sampling
         logits = logits.clone()
         device = logits.device
@@ -68,20 +70,23 @@ class Sampler:
             logits[ids] += torch.tensor(list(s.logit_bias.values()), device=device, dtype=logits.dtype)
         return logits
 
-    def _draw(self, scores: Tensor) -> int:
-        """Temperature, then min-p, top-k and top-p, each on what the one before left over."""
-        s = self.sampling
-        scores = (scores - scores.max()) / s.temperature
-        if s.min_p > 0:
-            scores = scores.masked_fill(scores.exp() < s.min_p, float("-inf"))
-        if 0 < s.top_k < scores.numel():
-            scores = scores.masked_fill(scores < scores.topk(s.top_k).values[-1], float("-inf"))
-        if s.top_p < 1:
-            scores = _nucleus(scores, s.top_p)
-        cumulative = scores.softmax(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    def _draw(self, distribution: Tensor) -> int:
+        cumulative = distribution.cumsum(dim=-1)
         uniform = torch.rand((), generator=self._random, dtype=torch.float64).to(cumulative.device)
         token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
-        return min(token, scores.numel() - 1)
+        return min(token, cumulative.numel() - 1)
+
+
+def next_token_distribution(scores: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities, float64 [vocabulary]: temperature, then min-p, top-k and top-p, each on what is left."""
+    scores = (scores - scores.max()) / sampling.temperature
+    if sampling.min_p > 0:
+        scores = scores.masked_fill(scores.exp() < sampling.min_p, float("-inf"))
+    if 0 < sampling.top_k < scores.numel():
+        scores = scores.masked_fill(scores < scores.topk(sampling.top_k).values[-1], float("-inf"))
+    if sampling.top_p < 1:
+        scores = _nucleus(scores, sampling.top_p)
+    return scores.softmax(dim=-1, dtype=torch.float64)
 
 
 def _nucleus(scores: Tensor, top_p: float) -> Tensor:
@@ -98,7 +103,7 @@ def token_score(logits: Tensor, token: int, alternatives: int | None) -> TokenSc
     if alternatives is None:
         return TokenScore(token)
     logprobs = logits.log_softmax(dim=-1)
-    top = ()
+    top: tuple[tuple[int, float], ...] = ()
     if alternatives:
         best = logprobs.topk(min(alternatives, logprobs.numel()))
         top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -1,0 +1,156 @@
+"""Tiny random models and adapters, and a running engine over them."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from loramux.adapters.arena import Arena
+from loramux.adapters.base_shapes import BaseShapes
+from loramux.adapters.blend import Blend
+from loramux.adapters.layers import AdapterLayers
+from loramux.adapters.lora import LoraAdapter, LoraPair
+from loramux.adapters.residency import Residency
+from loramux.server.engine.local import EngineLimits, LocalEngine
+from loramux.server.engine.protocol import Event, Finished, Sampling, Token, TokenScore, Work
+
+VOCABULARY = 300
+
+
+def tiny_llama(**overrides: Any) -> LlamaForCausalLM:
+    """A random two-layer Llama in float32 with logits spread enough for greedy decoding to be decisive."""
+    config = LlamaConfig(
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 112,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.15,
+            **overrides,
+        }
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def random_adapter(shapes: BaseShapes, rank: int, name: str, size: float = 0.15) -> LoraAdapter:
+    """An adapter on every module whose deltas change what a tiny model says."""
+    pairs = {
+        module: LoraPair(torch.randn(rank, n_in) * size, torch.randn(n_out, rank) * size, 0.5)
+        for module, (n_out, n_in) in shapes.modules.items()
+    }
+    return LoraAdapter(name, f"hash of {name} {torch.randint(2**31, ()).item()}", pairs)
+
+
+def random_prompt(length: int) -> tuple[int, ...]:
+    return tuple(torch.randint(3, VOCABULARY, (length,)).tolist())
+
+
+def with_delta(model: PreTrainedModel, parts: Sequence[tuple[LoraAdapter, float]]) -> PreTrainedModel:
+    """A copy of the model with the float64 sum of the weighted deltas added into its weights."""
+    merged = type(model)(model.config).eval()
+    merged.load_state_dict(model.state_dict())
+    for path, module in merged.named_modules():
+        deltas = [w * adapter.delta(path) for adapter, w in parts if path in adapter.pairs]
+        if deltas:
+            module.weight.data = (module.weight.double() + sum(deltas)).to(module.weight.dtype)
+    return merged
+
+
+def greedy(model: PreTrainedModel, prompt: Sequence[int], tokens: int) -> list[int]:
+    """What transformers' own generate says."""
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return list(out[0, len(prompt) :].tolist())
+
+
+@dataclass
+class Answer:
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def scores(self) -> list[TokenScore]:
+        return [event.score for event in self.events if isinstance(event, Token)]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [score.id for score in self.scores]
+
+    @property
+    def finished(self) -> Finished:
+        last = self.events[-1]
+        assert isinstance(last, Finished)
+        return last
+
+
+class Rig:
+    """A started engine with its residency."""
+
+    def __init__(self, engine: LocalEngine, residency: Residency) -> None:
+        self.engine = engine
+        self.residency = residency
+        self._ids = count()
+
+    def blend(self, weights: Mapping[str, float], method: str = "exact") -> Blend:
+        experts = self.residency.experts
+        return Blend.of(
+            [(name, experts[name].content_hash, weight) for name, weight in weights.items()], method=method
+        )
+
+    async def events(
+        self,
+        prompt: Sequence[int],
+        weights: Mapping[str, float] | None = None,
+        *,
+        prompt_logprobs: int | None = None,
+        method: str = "exact",
+        **sampling: Any,
+    ) -> AsyncIterator[Event]:
+        async with self.residency.lease(self.blend(weights or {}, method)) as lease:
+            chosen = Sampling(**{"max_tokens": 24, "temperature": 0.0, **sampling})
+            work = Work(f"w{next(self._ids)}", tuple(prompt), chosen, lease.handle, prompt_logprobs)
+            async with aclosing(self.engine.run(work)) as events:
+                async for event in events:
+                    yield event
+
+    async def ask(
+        self, prompt: Sequence[int], weights: Mapping[str, float] | None = None, **options: Any
+    ) -> Answer:
+        return Answer([event async for event in self.events(prompt, weights, **options)])
+
+
+@asynccontextmanager
+async def running(
+    model: PreTrainedModel,
+    experts: Sequence[LoraAdapter] = (),
+    *,
+    rows: int = 256,
+    eos_ids: Sequence[int] = (),
+    **limits: Any,
+) -> AsyncIterator[Rig]:
+    """An engine over `model`, which is changed by it; stopped, and its rows recounted, at the end."""
+    shapes = BaseShapes.from_model(model, "tiny")
+    arena = Arena(shapes, rows)
+    layers = AdapterLayers(model, arena)
+    residency = Residency({expert.id: expert for expert in experts}, arena)
+    chosen = EngineLimits(**{"kv_tokens": 4096, "page_size": 8, "max_batch_tokens": 64, **limits})
+    engine = LocalEngine(model, layers, eos_ids=eos_ids, limits=chosen)
+    await engine.start()
+    try:
+        yield Rig(engine, residency)
+    finally:
+        await engine.stop(5)
+        residency.check_integrity()

@@ -1,0 +1,323 @@
+"""The engine against transformers' own generate, alone and in mixed batches, and when things go wrong."""
+
+import asyncio
+from contextlib import aclosing
+from typing import Any
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+
+from loramux.adapters.base_shapes import BaseShapes
+from loramux.server.engine.protocol import (
+    EngineClosed,
+    EngineError,
+    EngineOverloaded,
+    Finished,
+    PromptScored,
+    Started,
+    Token,
+)
+from tests.tiny import VOCABULARY, greedy, random_adapter, random_prompt, running, tiny_llama, with_delta
+
+
+def make_experts(model: torch.nn.Module, ranks: tuple[int, ...]) -> list[Any]:
+    shapes = BaseShapes.from_model(model, "tiny")
+    return [random_adapter(shapes, rank, name) for rank, name in zip(ranks, "abcdefgh", strict=False)]
+
+
+MIXTURES = [{}, {"a": 1.0}, {"b": 0.7, "c": 0.3}, {"a": 0.5, "b": 0.25, "c": 0.25}, {"c": -0.6, "a": 1.4}]
+
+
+def test_each_mixture_says_what_the_dense_sum_says() -> None:
+    model = tiny_llama()
+    experts = make_experts(model, (4, 8, 3))
+    by_name = {expert.id: expert for expert in experts}
+    prompts = [random_prompt(n) for n in (1, 5, 17, 70, 33)]
+    expected = [
+        greedy(with_delta(model, [(by_name[n], w) for n, w in mixture.items()]), prompt, 24)
+        for mixture, prompt in zip(MIXTURES, prompts, strict=True)
+    ]
+
+    async def scenario() -> list[list[int]]:
+        async with running(model, experts) as rig:
+            return [(await rig.ask(p, m)).tokens for p, m in zip(prompts, MIXTURES, strict=True)]
+
+    assert asyncio.run(scenario()) == expected
+
+
+@pytest.mark.parametrize("prefix_sharing", [True, False])
+def test_sixteen_concurrent_streams_equal_their_isolated_runs(prefix_sharing: bool) -> None:
+    """Half of them share one prompt under different blends, the case in which shared KV would contaminate."""
+    model = tiny_llama()
+    experts = make_experts(model, (4, 8, 3))
+    shared = random_prompt(40)
+    jobs = [(shared if i % 2 else random_prompt(3 + 7 * i), MIXTURES[i % 5]) for i in range(16)]
+
+    async def scenario() -> tuple[list[list[int]], list[list[int]], int]:
+        async with running(model, experts, prefix_sharing=prefix_sharing) as rig:
+            alone = [(await rig.ask(*job)).tokens for job in jobs]
+            together = await asyncio.gather(*(rig.ask(*job) for job in jobs))
+            return alone, [answer.tokens for answer in together], rig.engine.stats().prefix_hit_tokens
+
+    alone, together, hits = asyncio.run(scenario())
+    assert together == alone
+    assert (hits > 0) == prefix_sharing
+    by_mixture = {
+        str(mixture): tokens
+        for (prompt, mixture), tokens in zip(jobs, alone, strict=True)
+        if prompt is shared
+    }
+    assert len({tuple(tokens) for tokens in by_mixture.values()}) == len(MIXTURES)
+
+
+def test_prefixes_are_shared_within_a_blend_and_never_across() -> None:
+    model = tiny_llama()
+    experts = make_experts(model, (4, 4))
+    prompt = random_prompt(41)
+
+    async def cached(rig: Any, mixture: dict[str, float]) -> int:
+        answer = await rig.ask(prompt, mixture, max_tokens=1)
+        assert isinstance(answer.events[0], Started)
+        return answer.events[0].cached_tokens
+
+    async def scenario() -> list[int]:
+        async with running(model, experts) as rig:
+            mixtures = [{}, {"a": 1.0}, {"a": 0.99}, {}, {"a": 1.0}, {"b": 1.0}]
+            return [await cached(rig, mixture) for mixture in mixtures]
+
+    assert asyncio.run(scenario()) == [0, 0, 0, 40, 40, 0]
+
+
+def test_a_seeded_request_draws_the_same_tokens_alone_and_in_a_batch() -> None:
+    model = tiny_llama()
+    experts = make_experts(model, (4, 8, 3))
+    prompt = random_prompt(20)
+    options = {"temperature": 1.3, "top_p": 0.95, "top_k": 40, "seed": 77, "max_tokens": 40}
+
+    async def scenario() -> tuple[list[int], list[list[int]], list[int]]:
+        async with running(model, experts) as rig:
+            alone = (await rig.ask(prompt, {"a": 0.6}, **options)).tokens
+            noise = [rig.ask(random_prompt(9 + i), {"b": 0.5}, temperature=1.0) for i in range(6)]
+            answers = await asyncio.gather(
+                rig.ask(prompt, {"a": 0.6}, **options), *noise, rig.ask(prompt, {"a": 0.6}, **options)
+            )
+            other = (await rig.ask(prompt, {"a": 0.6}, **{**options, "seed": 78})).tokens
+            return alone, [answers[0].tokens, answers[-1].tokens], other
+
+    alone, batched, other = asyncio.run(scenario())
+    assert batched == [alone, alone]
+    assert other != alone
+
+
+def test_prompt_scores_equal_the_models_own_across_chunks() -> None:
+    model = tiny_llama()
+    prompt = random_prompt(150)  # more than two chunks of 64
+    logprobs = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+
+    async def scenario() -> list[Any]:
+        async with running(model) as rig:
+            await rig.ask(prompt)  # leaves its prefix in the cache, which scoring must not start from
+            answer = await rig.ask(prompt, prompt_logprobs=2, max_tokens=0)
+            return answer.events
+
+    _, scored, finished = asyncio.run(scenario())
+    assert isinstance(scored, PromptScored)
+    assert finished == Finished("length")
+    assert [score.id for score in scored.scores] == list(prompt)
+    assert scored.scores[0].logprob is None
+    for position, score in enumerate(scored.scores[1:]):
+        assert score.logprob == pytest.approx(float(logprobs[position, score.id]), abs=2e-5)
+        assert [token for token, _ in score.top] == logprobs[position].topk(2).indices.tolist()
+
+
+def test_log_probabilities_of_the_answer_are_the_models() -> None:
+    model = tiny_llama()
+    prompt = random_prompt(12)
+
+    async def scenario() -> Any:
+        async with running(model) as rig:
+            return await rig.ask(prompt, logprobs=3, temperature=0.7, seed=5, logit_bias={4: 3.0})
+
+    answer = asyncio.run(scenario())
+    sequence = torch.tensor([[*prompt, *answer.tokens]])
+    logprobs = model(sequence).logits[0, len(prompt) - 1 :].log_softmax(-1)
+    for row, score in zip(logprobs, answer.scores, strict=False):
+        assert score.logprob == pytest.approx(float(row[score.id]), abs=2e-5)
+        assert len(score.top) == 3
+
+
+def test_a_cache_too_small_for_all_takes_turns_and_changes_nothing() -> None:
+    model = tiny_llama()
+    experts = make_experts(model, (4, 8, 3))
+    jobs = [(random_prompt(20 + i), MIXTURES[i % 5]) for i in range(8)]
+
+    async def scenario(kv_tokens: int) -> list[list[int]]:
+        # The model is changed by an engine, so each one gets its own copy.
+        async with running(with_delta(model, []), experts, kv_tokens=kv_tokens) as rig:
+            answers = await asyncio.gather(*(rig.ask(*job, max_tokens=40) for job in jobs))
+            return [answer.tokens for answer in answers]
+
+    assert asyncio.run(scenario(136)) == asyncio.run(scenario(4096))
+
+
+def test_stop_tokens_end_the_answer_and_are_not_part_of_it() -> None:
+    model = tiny_llama()
+    prompt = random_prompt(8)
+    plain = greedy(model, prompt, 24)
+    stop = next(t for i, t in enumerate(plain) if i > 3 and t not in plain[:i])
+
+    async def scenario() -> tuple[Any, Any, Any]:
+        async with running(model, eos_ids=[stop]) as rig:
+            return (
+                await rig.ask(prompt),
+                await rig.ask(prompt, ignore_eos=True),
+                await rig.ask(prompt, ignore_eos=True, stop_token_ids=frozenset({plain[2]})),
+            )
+
+    at_eos, ignoring, at_own = asyncio.run(scenario())
+    assert at_eos.tokens == plain[: plain.index(stop)]
+    assert at_eos.finished == Finished("stop", stop)
+    assert ignoring.tokens == plain
+    assert ignoring.finished == Finished("length")
+    assert at_own.tokens == plain[: plain.index(plain[2])]
+
+
+def test_leaving_frees_the_adapter_only_after_the_last_step_that_uses_it() -> None:
+    model = tiny_llama()
+    experts = make_experts(model, (4,))
+
+    async def scenario() -> None:
+        async with running(model, experts) as rig:
+            async with aclosing(rig.events(random_prompt(10), {"a": 1.0}, max_tokens=400)) as events:
+                async for event in events:
+                    if isinstance(event, Token):
+                        break
+                assert rig.residency.stats().pinned_bytes > 0
+            assert rig.residency.stats().pinned_bytes == 0
+            stats = rig.engine.stats()
+            assert (stats.running, stats.waiting) == (0, 0)
+            steps = stats.steps
+            await rig.ask(random_prompt(4), max_tokens=3)
+            # The abandoned request wanted 400 tokens; had it gone on, its steps would be counted here.
+            assert rig.engine.stats().steps <= steps + 6
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_is_refused_and_the_rest_is_served() -> None:
+    model = tiny_llama()
+
+    async def scenario() -> list[Any]:
+        async with running(model, max_running=1, max_waiting=2) as rig:
+            return await asyncio.gather(
+                *(rig.ask(random_prompt(5), max_tokens=60) for _ in range(8)), return_exceptions=True
+            )
+
+    answers = asyncio.run(scenario())
+    refused = [answer for answer in answers if isinstance(answer, EngineOverloaded)]
+    served = [answer for answer in answers if not isinstance(answer, BaseException)]
+    assert refused
+    assert len(refused) + len(served) == 8
+    assert all(len(answer.tokens) == 60 for answer in served)
+    assert refused[0].retry_after >= 1
+
+
+def test_a_step_that_raises_fails_its_requests_and_no_others() -> None:
+    model = tiny_llama()
+    poison = 299
+    prompt = random_prompt(6)
+
+    def refuse(module: torch.nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
+        if (keywords["input_ids"] == poison).any():
+            raise RuntimeError("CUDA out of memory, for example")
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+    async def scenario() -> None:
+        async with running(model) as rig:
+            before = (await rig.ask(prompt, logit_bias={poison: -100})).tokens
+            with pytest.raises(EngineError, match="out of memory"):
+                await rig.ask((5, poison, 6))
+            after = (await rig.ask(prompt, logit_bias={poison: -100})).tokens
+            assert after == before
+            assert rig.engine.stats().running == 0
+
+    asyncio.run(scenario())
+
+
+def test_what_could_never_run_is_refused_at_once() -> None:
+    model = tiny_llama()
+
+    async def scenario() -> None:
+        async with running(model) as rig:
+            with pytest.raises(EngineError, match="512"):
+                await rig.ask(random_prompt(500), max_tokens=13)
+            with pytest.raises(EngineError, match="empty"):
+                await rig.ask(())
+            assert len((await rig.ask(random_prompt(500), max_tokens=12)).tokens) == 12
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_lets_running_requests_finish_and_refuses_new_ones() -> None:
+    model = tiny_llama()
+
+    async def scenario() -> None:
+        async with running(model) as rig:
+            task = asyncio.create_task(rig.ask(random_prompt(5), max_tokens=50))
+            while not rig.engine.stats().running:
+                await asyncio.sleep(0)
+            await rig.engine.stop(30)
+            assert len((await task).tokens) == 50
+            with pytest.raises(EngineClosed):
+                await rig.ask(random_prompt(5))
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_that_may_not_wait_ends_running_requests_with_an_error() -> None:
+    model = tiny_llama()
+
+    async def scenario() -> None:
+        async with running(model) as rig:
+            task = asyncio.create_task(rig.ask(random_prompt(5), max_tokens=500))
+            while not rig.engine.stats().running:
+                await asyncio.sleep(0)
+            await rig.engine.stop(0)
+            with pytest.raises(EngineError):
+                await task
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("family", ["mistral with a window", "gemma 2 with soft caps"])
+def test_windows_and_soft_caps_equal_the_models_own_attention(family: str) -> None:
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 112,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 16,
+        "initializer_range": 0.15,
+        "max_position_embeddings": 256,
+    }
+    model: Any
+    if family.startswith("mistral"):
+        model = MistralForCausalLM(MistralConfig(**common, attn_implementation="eager"))
+    else:
+        model = Gemma2ForCausalLM(
+            Gemma2Config(**common, attn_implementation="eager", query_pre_attn_scalar=16)
+        )
+    model.eval().requires_grad_(False)
+    prompts = [random_prompt(n) for n in (4, 30, 100)]
+    expected = [greedy(model, prompt, 24) for prompt in prompts]
+
+    async def scenario() -> list[list[int]]:
+        async with running(model) as rig:
+            return [a.tokens for a in await asyncio.gather(*(rig.ask(p) for p in prompts))]
+
+    assert asyncio.run(scenario()) == expected

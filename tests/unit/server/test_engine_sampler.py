@@ -1,0 +1,133 @@
+"""Sampling against transformers' own warpers, and draws against the distribution they come from."""
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from loramux.server.engine.protocol import Sampling
+from loramux.server.engine.sampler import Sampler, next_token_distribution, token_score
+
+OPTIONS = [
+    {"temperature": 0.7},
+    {"temperature": 1.6, "top_k": 5},
+    {"temperature": 1.0, "top_p": 0.8},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 1.2, "top_k": 20, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 1.0, "top_k": 1},
+    {"temperature": 1.0, "top_p": 1e-9},
+    {"temperature": 0.01},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_distribution_is_the_one_of_the_reference_warpers(options: dict[str, float]) -> None:
+    logits = torch.randn(211) * 3
+    sampling = Sampling(max_tokens=1, **options)  # type: ignore[arg-type]
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    expected = warpers(torch.zeros(1, 1, dtype=torch.long), logits[None].double())[0].softmax(-1)
+    actual = next_token_distribution(logits, sampling)
+    assert torch.allclose(actual, expected, atol=1e-6)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.randn(12) * 1.5
+    sampling = Sampling(max_tokens=1, temperature=1.1, top_k=9)
+    expected = next_token_distribution(logits, sampling)
+    draws = 6000
+    sampler = Sampler(sampling, (1,))
+    counts = torch.zeros(12)
+    for _ in range(draws):
+        counts[sampler.sample(logits).id] += 1
+    assert counts[expected == 0].sum() == 0
+    kept = expected > 0
+    chi_square = ((counts - draws * expected) ** 2 / (draws * expected))[kept].sum()
+    assert chi_square < 40  # 8 degrees of freedom: exceeded once in 300,000 runs
+
+
+def test_seeds_decide_and_nothing_else_does() -> None:
+    logits = torch.randn(50)
+
+    def tokens(seed: int | None) -> list[int]:
+        sampler = Sampler(Sampling(max_tokens=1, seed=seed), (1,))
+        torch.rand(3)
+        return [sampler.sample(logits).id for _ in range(20)]
+
+    assert tokens(3) == tokens(3)
+    assert tokens(3) != tokens(4)
+    assert tokens(None) != tokens(None)
+
+
+def test_presence_and_frequency_count_the_answer_only() -> None:
+    logits = torch.zeros(10)
+    sampler = Sampler(
+        Sampling(max_tokens=9, temperature=0, presence_penalty=0.5, frequency_penalty=0.25, logprobs=0),
+        (7, 7, 7),
+    )
+    for token in (2, 2, 4):
+        sampler.accept(token)
+    adjusted = sampler._adjusted(logits)
+    expected = torch.zeros(10)
+    expected[2], expected[4] = -1.0, -0.75
+    assert torch.equal(adjusted, expected)
+
+
+def test_repetition_penalty_equals_the_reference_over_prompt_and_answer() -> None:
+    logits = torch.randn(30)
+    sampler = Sampler(Sampling(max_tokens=9, temperature=0, repetition_penalty=1.7), (1, 5, 9))
+    for token in (9, 20):
+        sampler.accept(token)
+    reference = RepetitionPenaltyLogitsProcessor(1.7)
+    expected = reference(torch.tensor([[1, 5, 9, 9, 20]]), logits[None].clone())[0]
+    assert torch.allclose(sampler._adjusted(logits), expected)
+
+
+def test_logit_bias_forces_and_forbids() -> None:
+    logits = torch.randn(30)
+    best = int(logits.argmax())
+    assert (
+        Sampler(Sampling(max_tokens=1, temperature=0, logit_bias={best: -100.0}), ()).sample(logits).id
+        != best
+    )
+    assert Sampler(Sampling(max_tokens=1, logit_bias={17: 100.0}), ()).sample(logits).id == 17
+
+
+def test_the_logits_are_left_as_they_were() -> None:
+    logits = torch.randn(30)
+    before = logits.clone()
+    options = {
+        "repetition_penalty": 2.0,
+        "presence_penalty": 1.0,
+        "logit_bias": {1: 5.0},
+        "top_k": 3,
+        "min_p": 0.1,
+    }
+    sampler = Sampler(Sampling(max_tokens=1, logprobs=2, **options), (2, 3))  # type: ignore[arg-type]
+    sampler.accept(4)
+    sampler.sample(logits)
+    assert torch.equal(logits, before)
+
+
+def test_scores_are_those_of_the_model_before_sampling_parameters() -> None:
+    logits = torch.randn(30)
+    score = Sampler(Sampling(max_tokens=1, temperature=0, logit_bias={3: 100.0}, logprobs=2), ()).sample(
+        logits
+    )
+    logprobs = logits.log_softmax(-1)
+    assert score.id == 3
+    assert score.logprob == pytest.approx(float(logprobs[3]))
+    assert [token for token, _ in score.top] == logprobs.topk(2).indices.tolist()
+    assert token_score(logits, 3, None).logprob is None
+    assert token_score(logits, 3, 0).top == ()
