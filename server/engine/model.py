@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -73,7 +74,8 @@ def load_base(
             bnb_4bit_use_double_quant=True,
         )
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel
+        model, loading = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             dtype=compute,
@@ -81,10 +83,16 @@ def load_base(
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
+            output_loading_info=True,
             **arguments,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise BaseModelError(f"base model {path}: {_first_line(error)}") from error
+    # transformers fills what a checkpoint lacks with random numbers and a warning.
+    if missing := sorted(loading["missing_keys"]):
+        raise BaseModelError(
+            f"base model {path}: the checkpoint lacks {len(missing)} tensors, first {missing[0]}"
+        )
     model.requires_grad_(False)
     return model.eval()
 
