@@ -1,1 +1,56 @@
-def main() -> None: ...
+"""The `loramux` command. Heavy imports happen inside the commands, so that `--help` is quick."""
+
+import importlib
+import sys
+from importlib.metadata import version as installed_version
+
+import typer
+
+from loramux.adapters.errors import AdapterError
+from loramux.router.errors import RouterError
+from loramux.server.cli.route import route
+from loramux.server.cli.serve import serve
+from loramux.server.errors import StartError
+
+SUB_APPS = {
+    "pool": ("loramux.server.cli.pool", "Build, check and extend pools."),
+    "train": ("loramux.server.cli.train", "Train the base, experts and other adapters."),
+    "embedder": ("loramux.server.cli.embedder", "Train an embedder."),
+}
+
+app = typer.Typer(
+    help="OpenAI-compatible inference server that picks LoRA experts by reading the prompt.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.command()(route)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"loramux {installed_version('loramux')}")
+
+
+def _listed_only() -> None:
+    """Stands in the help for a sub-app, which `main` calls without coming here."""
+
+
+for _name, (_, _summary) in SUB_APPS.items():
+    app.command(_name, help=_summary)(_listed_only)
+
+
+def main() -> None:
+    """Run the command line; what the operator can mend is one line on stderr and exit code 1."""
+    arguments = sys.argv[1:]
+    try:
+        if arguments and arguments[0] in SUB_APPS:
+            module = importlib.import_module(SUB_APPS[arguments[0]][0])
+            module.app(args=arguments[1:], prog_name=f"loramux {arguments[0]}")
+        else:
+            app(prog_name="loramux")
+    except (StartError, AdapterError, RouterError) as error:
+        typer.echo(f"loramux: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)

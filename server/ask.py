@@ -1,0 +1,68 @@
+"""What a client asked for, understood and checked: the request that the pipeline works on."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from loramux.server.engine.protocol import Sampling
+from loramux.server.wire.common import RoutingFields
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: `text` as given (decoded, if given as ids), its `tokens`, and how many may follow."""
+
+    text: str
+    tokens: tuple[int, ...]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One sequence to generate: choice `index` of the answer."""
+
+    index: int
+    prompt: Prompt
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request. All its prompts are routed together, on `routing_text`, and share one blend."""
+
+    model: str
+    prompts: tuple[Prompt, ...]
+    routing_text: str
+    sampling: Sampling
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    lora: tuple[tuple[str, float], ...] | None = None
+    routing: RoutingFields | None = None
+    echo: bool = False
+    prompt_logprobs: int | None = None
+
+    @property
+    def prompt_tokens(self) -> int:
+        """As OpenAI counts them: each prompt once, whatever `n` is."""
+        return sum(len(prompt.tokens) for prompt in self.prompts)
+
+    def sequences(self) -> list[Sequence]:
+        """Every choice of every prompt, in the order of the answer."""
+        return [
+            Sequence(
+                index=position * self.n + choice,
+                prompt=prompt,
+                sampling=replace(
+                    self.sampling, max_tokens=prompt.max_tokens, seed=choice_seed(self.sampling.seed, choice)
+                ),
+            )
+            for position, prompt in enumerate(self.prompts)
+            for choice in range(self.n)
+        ]
+
+
+def choice_seed(seed: int | None, choice: int) -> int | None:
+    """The seed of one of `n` choices: the first has the request's own, so that raising `n` keeps it."""
+    if seed is None or choice == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}:{choice}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

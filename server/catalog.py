@@ -1,0 +1,80 @@
+"""The names that `model` may have, and what each stands for."""
+
+import time
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+from loramux.adapters.lora import LoraAdapter
+from loramux.server.errors import StartError, UnknownModel
+from loramux.server.wire.models import model_card
+
+AUTO = "auto"
+
+
+class Kind(StrEnum):
+    """How a request of that model gets its blend."""
+
+    AUTO = "auto"
+    BASE = "base"
+    EXPERT = "expert"
+
+
+class Catalog:
+    """`auto`, the base and the experts; experts come and go, so the mapping is looked up live."""
+
+    def __init__(self, base: str, experts: Mapping[str, LoraAdapter], max_context: int) -> None:
+        self.base = base
+        self.experts = experts
+        self._max_context = max_context
+        self._created = int(time.time())
+        for name in (AUTO, base):
+            if name in experts:
+                raise StartError(
+                    f"the pool has an expert called {name!r}, which is the name of something else; rename it"
+                )
+        if base == AUTO:
+            raise StartError(f"the base may not be called {AUTO!r}; give it another id in pool.json")
+
+    def resolve(self, model: str) -> Kind:
+        """What `model` is.
+
+        Raises:
+            UnknownModel: nothing here.
+        """
+        if model == AUTO:
+            return Kind.AUTO
+        if model == self.base:
+            return Kind.BASE
+        if model in self.experts:
+            return Kind.EXPERT
+        raise UnknownModel(model, known=tuple(self.names()))
+
+    def expert(self, name: str, *, param: str = "lora") -> LoraAdapter:
+        """The expert of that id.
+
+        Raises:
+            UnknownModel: no such expert.
+        """
+        found = self.experts.get(name)
+        if found is None:
+            raise UnknownModel(name, param=param, known=tuple(sorted(self.experts)))
+        return found
+
+    def names(self) -> list[str]:
+        """Every name, in the order of `/v1/models`."""
+        return [AUTO, self.base, *sorted(self.experts)]
+
+    def card(self, model: str) -> dict[str, Any]:
+        """The `/v1/models` entry.
+
+        Raises:
+            UnknownModel: nothing here.
+        """
+        kind = self.resolve(model)
+        root, parent = {
+            Kind.AUTO: (self.base, self.base),
+            Kind.BASE: (self.base, None),
+            Kind.EXPERT: (model, self.base),
+        }[kind]
+        return model_card(model, self._created, root=root, parent=parent, context=self._max_context)

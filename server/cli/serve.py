@@ -1,0 +1,164 @@
+"""`loramux serve`."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import uvicorn
+import yaml
+
+from loramux.server.errors import StartError
+from loramux.server.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from loramux.server.parts import Parts
+
+
+def serve(
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    pool: Annotated[
+        Path | None, typer.Option(help="Pool directory; default: the embedded demo pool.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model in place of the pool's.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="auto, none or nf4.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting, as limits.max_n=4; repeatable.")
+    ] = None,
+) -> None:
+    """Serve a pool over HTTP. Every setting: docs/configuration.md."""
+    named = {
+        "host": host, "port": port, "pool": pool, "base": base, "device": device, "dtype": dtype,
+        "quantization": quantization, "log_level": log_level,
+    }  # fmt: skip
+    flags: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    for text in setting or ():
+        _put(flags, text)
+    run(load_settings(config, flags))
+
+
+def run(settings: Settings) -> None:
+    """Load the pool and serve until told to stop.
+
+    Raises:
+        StartError, AdapterError, RouterError: nothing was served.
+    """
+    # Nothing is ever fetched: a hub id means files that are in the local cache already.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    for noisy in (
+        "httpx",
+        "transformers",
+        "sentence_transformers",
+        "faiss.loader",
+        "ContinuousBatchingLogger",
+    ):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with contextlib.closing(_listen(settings.host, settings.port)) as listener:
+        from loramux.server.app import create_app
+        from loramux.server.build import build
+
+        parts = build(settings)
+        config = uvicorn.Config(
+            create_app(parts), log_level="warning", access_log=False, lifespan="on", server_header=False
+        )
+        asyncio.run(_Server(config, parts, _url(settings.host, listener)).serve(sockets=[listener]))
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, with a drain before the exit.
+
+    The first SIGTERM or SIGINT makes /ready say no, lets requests finish for `drain_seconds`, ends the rest
+    with an error, and only then closes the socket. The second ends everything at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, parts: "Parts", url: str) -> None:
+        super().__init__(config)
+        self._parts = parts
+        self._url = url
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._leaving: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start listening, and say so."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets=sockets)
+        if self.started:
+            print(ready_line(self._url, needs_key=bool(self._parts.api_keys)), flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal came, on the main thread."""
+        if self._loop is None or not self.started or self._leaving is not None:
+            super().handle_exit(sig, frame)
+        else:
+            self._loop.call_soon_threadsafe(self._leave, sig)
+
+    def _leave(self, sig: int) -> None:
+        if self._leaving is None:
+            logging.getLogger("loramux").info(
+                "%s: %d requests to finish", signal.Signals(sig).name, self._parts.lifecycle.active
+            )
+            self._leaving = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        from loramux.server.app import shut_down
+
+        await shut_down(self._parts)
+        self.should_exit = True
+
+
+def ready_line(url: str, *, needs_key: bool) -> str:
+    """One line: where the server is, and a command to try it with."""
+    body = json.dumps({"model": "auto", "messages": [{"role": "user", "content": "What is 12 times 7?"}]})
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if needs_key else ""
+    headers = f"{key}-H 'Content-Type: application/json'"
+    return f"loramux is ready at {url}  try: curl {url}/v1/chat/completions {headers} -d '{body}'"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The listening socket, taken before anything is loaded, so that a taken port is known at once."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port"
+        ) from None
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{shown}:{port}"
+
+
+def _put(flags: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise StartError(f"--set {text}: write it as name=value")
+    *sections, last = name.strip().split(".")
+    for section in sections:
+        flags = flags.setdefault(section, {})
+        if not isinstance(flags, dict):
+            raise StartError(f"--set {text}: {section} is not a section")
+    try:
+        flags[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise StartError(f"--set {text}: the value is not YAML") from None

@@ -1,0 +1,62 @@
+"""Request bodies: bounded before they are parsed, and JSON that is stricter than Python's."""
+
+import json
+import math
+from typing import Any, NoReturn
+
+from starlette.requests import Request
+
+from loramux.server.errors import RequestError, TooLarge
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The body as JSON.
+
+    Raises:
+        TooLarge: over `limit` bytes, declared or received.
+        RequestError: not UTF-8, not JSON, or a number that JSON does not have.
+    """
+    declared = request.headers.get("content-length", "")
+    if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
+        raise TooLarge(f"the body may have at most {limit} bytes", code="body_too_large")
+    received = bytearray()
+    async for chunk in request.stream():
+        received += chunk
+        if len(received) > limit:
+            raise TooLarge(f"the body may have at most {limit} bytes", code="body_too_large")
+    return decode_json(bytes(received))
+
+
+def decode_json(body: bytes) -> Any:
+    """Strict JSON.
+
+    Raises:
+        RequestError: not UTF-8, not JSON, NaN or infinity, a number no float can hold, or nested too deep.
+    """
+    try:
+        text = body.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise _invalid(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError:
+        raise _invalid("the body is nested too deep") from None
+    except json.JSONDecodeError as error:
+        raise _invalid(f"the body is not JSON: {error.msg} at character {error.pos}") from None
+    except ValueError:
+        raise _invalid("the body has a number that is too long") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise _invalid(f"the body is not JSON: {name} is not a JSON value")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _invalid(f"the body has the number {text[:32]}, which is out of range")
+    return value
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError(message, code="invalid_json")

@@ -1,0 +1,75 @@
+"""What the pipeline yields: one `Opened`, then `Delta`s of any choice, then one `Closed`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from loramux.server.engine.protocol import FinishReason, TokenScore
+from loramux.server.selection import Selection
+
+
+@dataclass(frozen=True, slots=True)
+class BlendReport:
+    """What the answer says about the blend that was used."""
+
+    key: str
+    method: str
+    rank: int
+    relative_error: float
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The engine has the work. Sent once, before any delta."""
+
+    selection: Selection
+    blend: BlendReport
+
+    def body(self) -> dict[str, Any]:
+        """The `loramux` object of an answer."""
+        blend = self.blend
+        return {
+            "route": self.selection.body(),
+            "blend": {
+                "key": blend.key,
+                "method": blend.method,
+                "rank": blend.rank,
+                "relative_error": blend.relative_error,
+                "cached": blend.cached,
+            },
+        }
+
+    def header(self) -> str:
+        """`x-loramux-experts`: `math=0.71,code=0.29`; empty for the base alone."""
+        return ",".join(f"{expert.id}={expert.weight:g}" for expert in self.selection.experts)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredToken:
+    """A token's score and the text it added; `text` may be empty while a character is incomplete."""
+
+    score: TokenScore
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """More of one choice. `finish` is set on its last; `echo` marks the prompt's own text and scores."""
+
+    index: int
+    text: str = ""
+    tokens: tuple[ScoredToken, ...] = ()
+    finish: FinishReason | None = None
+    echo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """Every choice has ended. Counts for `usage`."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+Event = Opened | Delta | Closed

@@ -1,0 +1,104 @@
+"""From wire requests to an `Ask`: tokenizing, the context, and what depends on the vocabulary."""
+
+from loramux.server.ask import Ask, Prompt
+from loramux.server.catalog import Catalog, Kind
+from loramux.server.engine.protocol import Sampling
+from loramux.server.errors import RequestError
+from loramux.server.text.prompts import Prompts
+from loramux.server.wire.chat import ChatRequest, Message
+from loramux.server.wire.common import GenerationFields
+from loramux.server.wire.completions import CompletionRequest
+
+COMPLETION_TOKENS = 16
+
+
+class Intake:
+    """Checks what the wire models cannot know."""
+
+    def __init__(self, prompts: Prompts, catalog: Catalog) -> None:
+        self._prompts = prompts
+        self._catalog = catalog
+
+    async def chat(self, request: ChatRequest) -> Ask:
+        """Raises `RequestError` when the model, a token id or the context does not fit."""
+        self._check(request)
+        tokens = await self._prompts.chat([(message.role, message.content) for message in request.messages])
+        asked = request.max_completion_tokens or request.max_tokens
+        text = routing_text(request.messages)
+        prompt = Prompt(text, tokens, self._prompts.room(len(tokens), asked, "messages"))
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        return self._ask(request, (prompt,), text, logprobs)
+
+    async def completion(self, request: CompletionRequest) -> Ask:
+        """Raises `RequestError` when the model, a token id or the context does not fit."""
+        self._check(request)
+        prompts = []
+        for given in request.prompt:
+            if isinstance(given, str):
+                text, tokens = given, await self._prompts.text(given)
+            else:
+                self._prompts.check_ids(given, "prompt")
+                text, tokens = await self._prompts.detokenize(given), given
+            if not tokens:
+                raise RequestError("prompt has no tokens", param="prompt", code="invalid_value")
+            room = self._prompts.room(len(tokens), request.max_tokens, "prompt", default=COMPLETION_TOKENS)
+            prompts.append(Prompt(text, tokens, room))
+        return self._ask(
+            request, tuple(prompts), "\n".join(p.text for p in prompts), request.logprobs, request.echo
+        )
+
+    def _check(self, request: GenerationFields) -> None:
+        kind = self._catalog.resolve(request.model)
+        if request.lora is not None and kind is Kind.EXPERT:
+            raise RequestError("lora cannot be combined with a model that is an expert; use auto or the base",
+                               param="lora", code="invalid_value")  # fmt: skip
+        if request.routing is not None and kind is not Kind.AUTO:
+            raise RequestError("routing needs model auto", param="routing", code="invalid_value")
+        for index, entry in enumerate(request.lora or ()):
+            self._catalog.expert(entry.id, param=f"lora[{index}].id")
+        self._prompts.check_ids(list(request.logit_bias), "logit_bias")
+        self._prompts.check_ids(request.stop_token_ids, "stop_token_ids")
+
+    def _ask(
+        self,
+        request: GenerationFields,
+        prompts: tuple[Prompt, ...],
+        text: str,
+        logprobs: int | None,
+        echo: bool = False,
+    ) -> Ask:
+        sampling = Sampling(
+            max_tokens=0,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=max(0, request.top_k),
+            min_p=request.min_p,
+            seed=request.seed,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias=request.logit_bias,
+            stop_token_ids=frozenset(request.stop_token_ids),
+            ignore_eos=request.ignore_eos,
+            logprobs=logprobs,
+        )
+        return Ask(
+            model=request.model,
+            prompts=prompts,
+            routing_text=text,
+            sampling=sampling,
+            n=request.n,
+            stop=tuple(request.stop),
+            lora=tuple((entry.id, entry.scale) for entry in request.lora) if request.lora else None,
+            routing=request.routing,
+            echo=echo,
+            prompt_logprobs=logprobs if echo else None,
+        )
+
+
+def routing_text(messages: list[Message]) -> str:
+    """The last user message: it says what is wanted now. Without one, the last message."""
+    for message in reversed(messages):
+        if message.role == "user":
+            return message.content
+    return messages[-1].content

@@ -1,0 +1,36 @@
+"""The parts of a server, as `build.py` makes them and the app receives them."""
+
+from dataclasses import dataclass
+
+from loramux.adapters.residency import Residency
+from loramux.server.admin import AdapterAdmin
+from loramux.server.catalog import Catalog
+from loramux.server.engine.protocol import Engine
+from loramux.server.intake import Intake
+from loramux.server.lifecycle import Lifecycle
+from loramux.server.metrics import Metrics
+from loramux.server.pipeline import Pipeline
+from loramux.server.selection import Selector
+from loramux.server.settings import Settings
+from loramux.server.text.prompts import Prompts
+from loramux.server.text.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that the routes use. `fingerprint` names the pool whose weights answer."""
+
+    settings: Settings
+    api_keys: tuple[str, ...]
+    lifecycle: Lifecycle
+    catalog: Catalog
+    prompts: Prompts
+    vocabulary: Vocabulary
+    intake: Intake
+    selector: Selector
+    residency: Residency
+    engine: Engine
+    pipeline: Pipeline
+    metrics: Metrics
+    admin: AdapterAdmin
+    fingerprint: str

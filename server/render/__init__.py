@@ -1,0 +1,1 @@
+"""The pipeline's events as OpenAI answers: chunk by chunk, or folded into one."""

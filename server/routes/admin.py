@@ -1,0 +1,46 @@
+"""Adapter administration; the key was checked before the router."""
+
+from fastapi import APIRouter, Request, Response
+
+from loramux.adapters.lora import LoraAdapter
+from loramux.server.edge.body import read_json
+from loramux.server.parts import Parts
+from loramux.server.wire.admin import LoadAdapterRequest, UnloadAdapterRequest
+from loramux.server.wire.common import encode_json, parse
+
+
+def admin_routes(parts: Parts) -> APIRouter:
+    """The routes."""
+    router = APIRouter()
+    limits = parts.settings.limits
+
+    @router.post("/v1/load_lora_adapter")
+    async def load(request: Request) -> Response:
+        asked = parse(LoadAdapterRequest, await read_json(request, limits.max_body_bytes), limits)
+        adapter = await parts.admin.load(asked.lora_name, asked.lora_path)
+        return Response(encode_json(_described(adapter)), media_type="application/json")
+
+    @router.post("/v1/unload_lora_adapter")
+    async def unload(request: Request) -> Response:
+        asked = parse(UnloadAdapterRequest, await read_json(request, limits.max_body_bytes), limits)
+        await parts.admin.unload(asked.lora_name)
+        return Response(encode_json({"id": asked.lora_name, "unloaded": True}), media_type="application/json")
+
+    @router.get("/v1/lora_adapters")
+    async def adapters() -> Response:
+        resident = set(parts.residency.stats().resident_experts)
+        experts = parts.catalog.experts
+        data = [_described(experts[name]) | {"resident": name in resident} for name in sorted(experts)]
+        return Response(encode_json({"object": "list", "data": data}), media_type="application/json")
+
+    return router
+
+
+def _described(adapter: LoraAdapter) -> dict[str, object]:
+    return {
+        "id": adapter.id,
+        "content_hash": adapter.content_hash,
+        "rank": adapter.max_rank,
+        "modules": len(adapter.pairs),
+        "bytes": adapter.nbytes,
+    }

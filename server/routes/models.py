@@ -1,0 +1,24 @@
+"""`GET /v1/models` and `GET /v1/models/{model}`."""
+
+from fastapi import APIRouter, Response
+
+from loramux.server.parts import Parts
+from loramux.server.wire.common import encode_json
+from loramux.server.wire.models import model_list
+
+
+def model_routes(parts: Parts) -> APIRouter:
+    """The routes."""
+    router = APIRouter()
+    catalog = parts.catalog
+
+    @router.get("/v1/models")
+    async def models() -> Response:
+        cards = (catalog.card(name) for name in catalog.names())
+        return Response(encode_json(model_list(cards)), media_type="application/json")
+
+    @router.get("/v1/models/{model}")
+    async def model(model: str) -> Response:
+        return Response(encode_json(catalog.card(model)), media_type="application/json")
+
+    return router

@@ -1,0 +1,1 @@
+"""Between text and tokens: prompts, incremental detokenising, stop strings."""

@@ -1,0 +1,161 @@
+"""Text and chats into token ids, within the context of the base."""
+
+import asyncio
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import jinja2
+
+from loramux.server.errors import RequestError
+from loramux.server.text.vocabulary import Vocabulary
+
+INLINE_CHARACTERS = 16_384
+
+Result = TypeVar("Result")
+
+
+class ChatTokenizer(Protocol):
+    """What is used of a transformers tokenizer."""
+
+    chat_template: Any
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]:
+        """`input_ids` of a text."""
+        ...
+
+    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
+        """Render, and tokenize when asked."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> Any:
+        """Ids back to text."""
+        ...
+
+
+class Prompts:
+    """Tokenizes prompts, short ones at once and long ones in a thread, so that they stall nobody."""
+
+    def __init__(self, tokenizer: ChatTokenizer, vocabulary: Vocabulary, max_context: int) -> None:
+        self._tokenizer = tokenizer
+        # Fast tokenizers may not be used from two threads at a time.
+        self._threaded_tokenizer = copy.deepcopy(tokenizer)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
+        self._vocabulary = vocabulary
+        self.max_context = max_context
+
+    async def text(
+        self, text: str, *, param: str = "prompt", add_special_tokens: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a plain text.
+
+        Raises:
+            RequestError: longer than the context can hold, whatever its tokens are.
+        """
+        self._refuse_hopeless(text, param)
+
+        def encode(tokenizer: ChatTokenizer) -> tuple[int, ...]:
+            return tuple(tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"])
+
+        return await self._run(encode, len(text))
+
+    async def chat(
+        self, messages: Sequence[tuple[str, str]], *, add_generation_prompt: bool = True
+    ) -> tuple[int, ...]:
+        """Token ids of a chat, `(role, content)` a message, through the base's template.
+
+        Control tokens that a client writes into a message are tokenized as ordinary text: only the template
+        can open or end a turn.
+
+        Raises:
+            RequestError: no template, the template refuses the messages, or far over the context.
+        """
+        if not self._tokenizer.chat_template:
+            raise RequestError("the base has no chat template; use /v1/completions", code="no_chat_template")
+        conversation = [
+            {"role": "system" if role == "developer" else role, "content": content}
+            for role, content in messages
+        ]
+        length = sum(len(content) for _, content in messages)
+        self._refuse_hopeless("".join(content for _, content in messages), "messages")
+
+        def render(tokenizer: ChatTokenizer) -> tuple[int, ...]:
+            ids = tokenizer.apply_chat_template(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                sanitize_control_tokens=True,
+                return_dict=False,
+            )
+            return tuple(ids)
+
+        try:
+            return await self._run(render, length)
+        except jinja2.TemplateError as error:
+            raise RequestError(f"the chat template refused the messages: {error}", param="messages") from None
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        """Token ids back to text, special tokens by name.
+
+        Raises:
+            RequestError: an id outside the vocabulary.
+        """
+        self.check_ids(tokens, "tokens")
+
+        def decode(tokenizer: ChatTokenizer) -> str:
+            return str(tokenizer.decode(tokens))
+
+        return await self._run(decode, len(tokens))
+
+    def check_ids(self, tokens: Sequence[int], param: str) -> None:
+        """Raises `RequestError` when an id is outside the vocabulary."""
+        size = self._vocabulary.size
+        if tokens and max(tokens) >= size:
+            raise RequestError(
+                f"{param}: token id {max(tokens)} is outside the vocabulary of {size}",
+                param=param,
+                code="invalid_value",
+            )
+
+    def room(self, prompt: int, asked: int | None, param: str, *, default: int | None = None) -> int:
+        """Tokens that may be generated after `prompt` tokens.
+
+        Raises:
+            RequestError: the prompt leaves no room, or less than was asked for; the message has the numbers.
+        """
+        left = self.max_context - prompt
+        if left < (0 if asked == 0 else 1):
+            raise self._too_long(prompt, param)
+        if asked is None:
+            return left if default is None else min(left, default)
+        if asked > left:
+            raise RequestError(
+                f"{prompt} prompt tokens and max_tokens {asked} are {prompt + asked} together; "
+                f"the context holds {self.max_context}",
+                param="max_tokens",
+                code="context_length_exceeded",
+            )
+        return asked
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, work: Callable[[ChatTokenizer], Result], length: int) -> Result:
+        if length <= INLINE_CHARACTERS:
+            return work(self._tokenizer)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, work, self._threaded_tokenizer)
+
+    def _refuse_hopeless(self, text: str, param: str) -> None:
+        """Tokenizing megabytes only to say that they are too long would cost everyone else's time."""
+        least = len(text) // max(1, self._vocabulary.longest)
+        if least > self.max_context:
+            raise self._too_long(least, param, "at least ")
+
+    def _too_long(self, tokens: int, param: str, about: str = "") -> RequestError:
+        return RequestError(
+            f"{param} has {about}{tokens} tokens; the context holds {self.max_context}, answer included",
+            param=param,
+            code="context_length_exceeded",
+        )

@@ -1,0 +1,1 @@
+"""The OpenAI wire format: strict request models, and the JSON of answers."""

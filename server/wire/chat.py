@@ -1,0 +1,108 @@
+"""`POST /v1/chat/completions`: the request, and the JSON of whole answers and of chunks."""
+
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from loramux.server.wire.common import (
+    GenerationFields,
+    StrictModel,
+    at_most,
+    field_error,
+    limits_of,
+    no_longer_than,
+)
+
+
+class Message(StrictModel):
+    """One turn; parts are joined into one text."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
+        {"name", "tool_calls", "tool_call_id", "audio", "refusal"}
+    )
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text(cls, value: object) -> object:
+        if not isinstance(value, list):
+            return value
+        texts: list[str] = []
+        for part in value:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text":
+                raise ValueError(f"only parts of type text are supported, not {str(kind)[:40]!r}")
+            if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+                raise ValueError("a text part has exactly the fields type and text")
+            texts.append(part["text"])
+        return "".join(texts)
+
+
+class ResponseFormat(StrictModel):
+    """`{"type": "text"}` and nothing else."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(GenerationFields):
+    """An OpenAI chat request, with `lora` and `routing` as extensions."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0)
+    response_format: ResponseFormat | None = None
+
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
+        {
+            "audio", "function_call", "functions", "metadata", "modalities", "moderation",
+            "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+            "reasoning_effort", "safety_identifier", "service_tier", "store", "tool_choice", "tools",
+            "verbosity", "web_search_options", "best_of", "echo", "suffix",
+        }
+    )  # fmt: skip
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _messages(cls, value: object, info: ValidationInfo) -> object:
+        return no_longer_than(value, limits_of(info).max_messages)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _top(cls, value: int | None, info: ValidationInfo) -> int | None:
+        return at_most(value, limits_of(info).max_top_logprobs)
+
+    @model_validator(mode="after")
+    def _chat_consistent(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise field_error("top_logprobs", "is only allowed when logprobs is true")
+        if self.max_tokens == 0:
+            raise field_error("max_tokens", "must be at least 1")
+        if None not in (self.max_tokens, self.max_completion_tokens):
+            raise field_error("max_tokens", "cannot be combined with max_completion_tokens")
+        return self
+
+
+def chat_logprobs(entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The `logprobs` object of a choice."""
+    return {"content": entries, "refusal": None}
+
+
+def chat_chunk_choice(
+    index: int, *, text: str | None, first: bool, logprobs: dict[str, Any] | None, finish_reason: str | None
+) -> dict[str, Any]:
+    """One choice of a chunk; the first of a choice carries the role."""
+    delta: dict[str, Any] = {"role": "assistant"} if first else {}
+    if text is not None:
+        delta["content"] = text
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def chat_choice(
+    index: int, *, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
+) -> dict[str, Any]:
+    """One choice of a whole answer."""
+    message = {"role": "assistant", "content": text, "refusal": None}
+    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
