@@ -1,0 +1,110 @@
+"""`loramux train`: a base from scratch, or one expert on a base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Train a base or an expert on JSONL rows.", no_args_is_help=True)
+
+Data = Annotated[
+    list[Path],
+    typer.Option(
+        help="JSONL file, or a folder of them (*.train.jsonl only, where there are such). Repeatable."
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Directory to write.")]
+
+
+@app.command()
+def base(
+    data: Data,
+    out: Out,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall-clock limit of the training.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Limit in optimiser steps.")] = None,
+    hidden: Annotated[int, typer.Option(min=16, help="Hidden size.")] = 256,
+    layers: Annotated[int, typer.Option(min=1, help="Transformer layers.")] = 6,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.")] = 8,
+    kv_heads: Annotated[int, typer.Option(min=1, help="Key-value heads.")] = 4,
+    ffn: Annotated[int, typer.Option(min=16, help="Feed-forward size.")] = 768,
+    vocabulary: Annotated[int, typer.Option(min=262, help="Tokens of the BPE vocabulary.")] = 8192,
+    seed: Annotated[int, typer.Option(help="Of weights and row order.")] = 0,
+) -> None:
+    """Train a tokenizer and a small Llama-architecture base from scratch."""
+    from loramux.adapters.training.base import BaseOptions, train_base
+
+    options = BaseOptions(
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        ffn=ffn,
+        vocabulary=vocabulary,
+        seed=seed,
+    )
+    report = train_base(data, out, options, max_minutes=minutes, max_steps=steps)
+    typer.echo(
+        f"{out}: {report.parameters / 1e6:.2f} M parameters, {report.steps} steps, "
+        f"held-out loss {report.loss:.4f} nats per token"
+    )
+
+
+@app.command()
+def expert(
+    data: Data,
+    out: Out,
+    base: Annotated[str, typer.Option(help="Base directory, or a hub id in the local cache.")],
+    base_id: Annotated[str | None, typer.Option(help="Name of the base to write; unset: --base.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
+    alpha: Annotated[float, typer.Option(min=1e-6, help="LoRA alpha; the scale is alpha / rank.")] = 16.0,
+    targets: Annotated[
+        list[str] | None, typer.Option("--target", help="Module name to adapt; repeatable; unset: all seven.")
+    ] = None,
+    rate: Annotated[float, typer.Option(min=1e-9, help="Peak learning rate.")] = 2e-3,
+    epochs: Annotated[float, typer.Option(min=1e-3, help="Passes over the rows.")] = 3.0,
+    minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall-clock limit.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longer rows lose the end of their answer.")] = 512,
+    held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="Fraction of rows to measure on.")] = 0.02,
+    quantization: Annotated[str, typer.Option(help="Of the frozen base: none or nf4.")] = "none",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the first weights and the row order.")] = 0,
+) -> None:
+    """Train one PEFT LoRA on the answers of the rows."""
+    from loramux.adapters.training.expert import (
+        ALL_PROJECTIONS,
+        ExpertOptions,
+        base_hash,
+        train_expert,
+    )
+    from loramux.adapters.training.rows import read_rows, split_held_out
+    from loramux.server.pool.training_base import load_training_base
+
+    options = ExpertOptions(
+        rank=rank,
+        alpha=alpha,
+        targets=tuple(targets or ALL_PROJECTIONS),
+        rate=rate,
+        epochs=epochs,
+        minutes=minutes,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    kept, unseen = split_held_out(read_rows(data), held_out)
+    model, tokenizer = load_training_base(base, quantization=quantization, device=device)
+    report = train_expert(
+        model,
+        tokenizer,
+        kept,
+        unseen,
+        out,
+        options,
+        base_id=base_id or base,
+        base_hash=base_hash(Path(base)),
+        label=out.name,
+    )
+    gain = ""
+    if report.base_loss is not None and report.expert_loss is not None:
+        gain = f", held-out loss per answer token {report.base_loss:.4f} -> {report.expert_loss:.4f}"
+    typer.echo(f"{out}: {report.rows} rows, {report.steps} steps{gain}")

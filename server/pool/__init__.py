@@ -1,0 +1,1 @@
+"""Pools on disk: reading, checking, extending and building them."""
