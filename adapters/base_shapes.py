@@ -8,9 +8,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from loramux.adapters.errors import BaseMismatchError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from loramux.adapters.errors import BaseMismatchError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from functools import cached_property, reduce
 from typing import NamedTuple
 
 import torch
-from loramux.adapters.errors import AdapterFormatError
 from torch import Tensor
+
+from loramux.adapters.errors import AdapterFormatError
 
 
 class LoraPair(NamedTuple):

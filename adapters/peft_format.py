@@ -12,6 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import (
     AdapterFormatError,
@@ -21,8 +24,6 @@ from loramux.adapters.errors import (
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.peft_config import LoraSettings, read_settings
 from loramux.adapters.peft_tensors import read_stacks
-from safetensors.torch import save_file
-from torch import Tensor
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
