@@ -1,0 +1,46 @@
+"""Text to decision: score a prompt against a pool of experts and choose the few to blend.
+
+Importing this package loads numpy only; FAISS, tokenizers and torch come with the first router.
+"""
+
+from .classifier import Classifier, LinearClassifier, TransformerClassifier
+from .decision import MAX_TOP_M, STRATEGIES, Candidate, Decision, RoutingOptions, RoutingPlan, Strategy
+from .encoder import Encoded, Encoder, EncoderSpec
+from .errors import RouterError, RouterFileError, RoutingOptionsError
+from .policy import POLICIES, Policy
+from .router import DEFAULTS, Router, ScoreTable
+from .service import RoutingService, ServiceStats
+from .state import Calibration, RouterState, Samples
+from .store import load_router, load_state, save_router
+
+__all__ = [
+    "DEFAULTS",
+    "MAX_TOP_M",
+    "POLICIES",
+    "STRATEGIES",
+    "Calibration",
+    "Candidate",
+    "Classifier",
+    "Decision",
+    "Encoded",
+    "Encoder",
+    "EncoderSpec",
+    "LinearClassifier",
+    "Policy",
+    "Router",
+    "RouterError",
+    "RouterFileError",
+    "RouterState",
+    "RoutingOptions",
+    "RoutingOptionsError",
+    "RoutingPlan",
+    "RoutingService",
+    "Samples",
+    "ScoreTable",
+    "ServiceStats",
+    "Strategy",
+    "TransformerClassifier",
+    "load_router",
+    "load_state",
+    "save_router",
+]

@@ -1,0 +1,123 @@
+"""Two ways to turn tokens into one vector per text: a static embedding in numpy, or sentence-transformers.
+
+Importing sentence-transformers costs several seconds (it pulls in scikit-learn, scipy and the training
+stack), so a StaticEmbedding is read straight from its two files. A test holds both to the same vectors.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .encoder_files import EncoderFiles
+from .errors import RouterFileError
+
+Vectors = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
+
+
+class Backend(Protocol):
+    """Embeds texts that already carry the prefix."""
+
+    @property
+    def dimension(self) -> int: ...
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    def embed(self, texts: Sequence[str]) -> tuple[Vectors, Flags]:
+        """[n] texts -> pooled vectors [n, dimension] (not normalised) and whether each text was cut [n]."""
+        ...
+
+
+class StaticBackend:
+    """Mean of one learned vector per token (sentence-transformers `StaticEmbedding`), without torch."""
+
+    def __init__(self, folder: Path, max_tokens: int) -> None:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load_file
+        from tokenizers import Tokenizer
+
+        weights_file, tokenizer_file = folder / "model.safetensors", folder / "tokenizer.json"
+        try:
+            tensors = load_file(weights_file)
+        except (OSError, SafetensorError) as error:
+            raise RouterFileError(weights_file, "", f"not readable as safetensors: {error}") from None
+        if "embedding.weight" not in tensors or tensors["embedding.weight"].ndim != 2:
+            raise RouterFileError(weights_file, "embedding.weight", "missing, or not a matrix")
+        self._table: Vectors = tensors["embedding.weight"].astype(np.float32)
+        if not np.isfinite(self._table).all():
+            raise RouterFileError(weights_file, "embedding.weight", "holds NaN or infinity")
+        if not tokenizer_file.is_file():
+            raise RouterFileError(tokenizer_file, "", "file is missing")
+        try:
+            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # tokenizers raises a bare Exception for every parse failure
+            raise RouterFileError(tokenizer_file, "", f"not a tokenizer: {error}") from None
+        rows = self._table.shape[0]
+        if self._tokenizer.get_vocab_size() > rows:
+            problem = f"{self._tokenizer.get_vocab_size()} tokens, but embedding.weight has {rows} rows"
+            raise RouterFileError(tokenizer_file, "vocab", problem)
+        self._tokenizer.no_padding()
+        self._tokenizer.enable_truncation(max_tokens)
+        self._max_tokens = max_tokens
+
+    @property
+    def dimension(self) -> int:
+        return int(self._table.shape[1])
+
+    @property
+    def max_tokens(self) -> int:
+        return self._max_tokens
+
+    def embed(self, texts: Sequence[str]) -> tuple[Vectors, Flags]:
+        vectors = np.zeros((len(texts), self.dimension), np.float32)
+        truncated = np.zeros(len(texts), np.bool_)
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        for row, encoding in enumerate(encodings):
+            truncated[row] = bool(encoding.overflowing)
+            if encoding.ids:
+                vectors[row] = self._table[encoding.ids].mean(axis=0)
+        return vectors, truncated
+
+
+class SentenceTransformerBackend:
+    """Any Transformer + Pooling layout (E5, BGE, MiniLM, ...), through sentence-transformers."""
+
+    def __init__(self, files: EncoderFiles, max_tokens: int, device: str) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        try:
+            self._model = SentenceTransformer(
+                str(files.root),
+                device=device,
+                local_files_only=True,
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True, "dtype": "float32"},
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise RouterFileError(files.root, "", f"sentence-transformers cannot load it: {error}") from None
+        own_limit = self._model.max_seq_length
+        self._max_tokens = min(max_tokens, int(own_limit)) if own_limit else max_tokens
+        self._model.max_seq_length = self._max_tokens
+        self._model.eval()
+
+    @property
+    def dimension(self) -> int:
+        return int(self._model.get_embedding_dimension())
+
+    @property
+    def max_tokens(self) -> int:
+        return self._max_tokens
+
+    def embed(self, texts: Sequence[str]) -> tuple[Vectors, Flags]:
+        if not texts:
+            return np.zeros((0, self.dimension), np.float32), np.zeros(0, np.bool_)
+        whole = self._model.tokenizer(list(texts), truncation=False, padding=False, verbose=False)
+        truncated = np.array([len(ids) > self._max_tokens for ids in whole["input_ids"]], np.bool_)
+        vectors = self._model.encode(
+            list(texts), prompt="", convert_to_numpy=True, show_progress_bar=False, batch_size=32
+        )
+        return np.asarray(vectors, np.float32), truncated

@@ -1,0 +1,116 @@
+"""What the router says about one text, and what it may be asked."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from .errors import RoutingOptionsError
+from .policy import POLICIES, Policy
+
+Strategy = Literal["similarity", "classifier", "hybrid"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+MAX_TOP_M = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One expert as scored for one text.
+
+    similarity: raw cosine to the expert's centroid, -1..1. probability: the classifier's, 0..1, or None when
+    it was not asked. score: what the strategy ranks by. weight: its share in the blend, 0 when it was not
+    chosen.
+    """
+
+    id: str
+    weight: float
+    similarity: float
+    probability: float | None
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The router's answer for one text.
+
+    candidates: every expert, best score first. experts: those to blend, best first; empty when `fallback`.
+    margin: best minus second score (the score itself with one expert). entropy: of softmax(score /
+    temperature) over all experts, in nats. reason: one sentence for people.
+    """
+
+    strategy: Strategy
+    policy: Policy
+    temperature: float
+    threshold: float
+    candidates: tuple[Candidate, ...]
+    experts: tuple[Candidate, ...]
+    fallback: bool
+    reason: str
+    truncated: bool
+    margin: float
+    entropy: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingOptions:
+    """What a request or the configuration may ask; None takes the router's own (calibrated) value.
+
+    Raises RoutingOptionsError, naming the option, for a value that no router could serve.
+    """
+
+    strategy: Strategy | None = None
+    top_m: int | None = None
+    policy: Policy | None = None
+    temperature: float | None = None
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.strategy is not None and self.strategy not in STRATEGIES:
+            raise RoutingOptionsError("strategy", f"{self.strategy!r} is not one of {', '.join(STRATEGIES)}")
+        if self.policy is not None and self.policy not in POLICIES:
+            raise RoutingOptionsError("policy", f"{self.policy!r} is not one of {', '.join(POLICIES)}")
+        if self.top_m is not None and not (_is_int(self.top_m) and 1 <= self.top_m <= MAX_TOP_M):
+            raise RoutingOptionsError(
+                "top_m", f"must be a whole number from 1 to {MAX_TOP_M}, got {self.top_m!r}"
+            )
+        if self.temperature is not None and not (
+            _is_number(self.temperature) and 1e-4 <= self.temperature <= 1e4
+        ):
+            raise RoutingOptionsError(
+                "temperature", f"must be from 0.0001 to 10000, got {self.temperature!r}"
+            )
+        if self.threshold is not None and not (_is_number(self.threshold) and -1 <= self.threshold <= 1):
+            raise RoutingOptionsError("threshold", f"must be from -1 to 1, got {self.threshold!r}")
+
+    def over(self, defaults: "RoutingOptions") -> "RoutingOptions":
+        """These options, with `defaults` wherever nothing is asked.
+
+        A temperature or threshold given for one strategy is not carried over to another, whose scores live on
+        another scale.
+        """
+        same = self.strategy is None or self.strategy == defaults.strategy
+        return RoutingOptions(
+            strategy=self.strategy or defaults.strategy,
+            top_m=defaults.top_m if self.top_m is None else self.top_m,
+            policy=self.policy or defaults.policy,
+            temperature=defaults.temperature if self.temperature is None and same else self.temperature,
+            threshold=defaults.threshold if self.threshold is None and same else self.threshold,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingPlan:
+    """Routing options with nothing left open."""
+
+    strategy: Strategy
+    top_m: int
+    policy: Policy
+    temperature: float
+    threshold: float
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,116 @@
+"""Text to unit vectors, with the conventions of E5: a prefix, mean pooling, L2 norm, 512 tokens.
+
+Source: the intfloat/e5 model cards ("query: " in front of every text for symmetric tasks and features).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from .backends import Backend, Flags, SentenceTransformerBackend, StaticBackend, Vectors
+from .encoder_files import fingerprint, inspect_encoder, locate
+from .errors import RouterError, RouterFileError
+
+E5_PREFIX = "query: "
+E5_MAX_TOKENS = 512
+# A text is cut to this many characters per allowed token before it is tokenized, so that a request of many
+# megabytes cannot hold the encoder. Such a text is always reported as truncated.
+_CHARS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """What must be equal for two sets of vectors to live in one space; stored beside the centroids."""
+
+    id: str
+    prefix: str
+    pooling: str
+    normalize: bool
+    dimension: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """Vectors [n, d] float32 with unit rows (zero for a blank text), and which texts were cut [n]."""
+
+    vectors: Vectors
+    truncated: Flags
+
+
+class Encoder:
+    """A loaded embedding model and its `spec`. Safe to call from one thread at a time."""
+
+    def __init__(self, spec: EncoderSpec, backend: Backend) -> None:
+        self.spec = spec
+        self._backend = backend
+        self._max_chars = spec.max_tokens * _CHARS_PER_TOKEN
+
+    @classmethod
+    def load(
+        cls,
+        location: str | Path,
+        *,
+        id: str | None = None,
+        prefix: str = E5_PREFIX,
+        max_tokens: int = E5_MAX_TOKENS,
+        device: str = "cpu",
+        cache_dir: Path | None = None,
+    ) -> Self:
+        """Load a directory, or a hub id that is in the local cache (nothing is downloaded, no code is run).
+
+        The id is `id` when given, else the hub id, else a fingerprint of the directory's content.
+        `max_tokens` is lowered to the model's own limit. Raises RouterFileError naming what is wrong.
+        """
+        if max_tokens < 1:
+            raise RouterError(f"max_tokens must be at least 1, got {max_tokens}")
+        root, hub_id = locate(location, cache_dir)
+        files = inspect_encoder(root)
+        backend: Backend
+        if files.kind == "static":
+            backend = StaticBackend(files.weights_dir, max_tokens)
+        else:
+            backend = SentenceTransformerBackend(files, max_tokens, device)
+        spec = EncoderSpec(
+            id=id or hub_id or fingerprint(files),
+            prefix=prefix,
+            pooling=files.pooling,
+            normalize=True,
+            dimension=backend.dimension,
+            max_tokens=backend.max_tokens,
+        )
+        encoder = cls(spec, backend)
+        probe = encoder.encode(["probe"]).vectors
+        if probe.shape != (1, spec.dimension):
+            raise RouterFileError(
+                root, "", f"gives vectors of shape {probe.shape}, not (1, {spec.dimension})"
+            )
+        return encoder
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Embed [n] texts (the prefix is added here). Raises RouterError when a vector is not finite."""
+        if isinstance(texts, str):
+            raise RouterError("encode takes a sequence of texts, not one string")
+        cut = [len(text) > self._max_chars for text in texts]
+        prefixed = [self.spec.prefix + _clean(text[: self._max_chars]) for text in texts]
+        vectors, truncated = self._backend.embed(prefixed)
+        vectors[[not text.strip() for text in texts]] = 0.0  # else the prefix alone would choose an expert
+        if not np.isfinite(vectors).all():
+            raise RouterError(f"encoder {self.spec.id} gave a vector with NaN or infinity")
+        return Encoded(normalize_rows(vectors), truncated | np.array(cut, np.bool_))
+
+
+def normalize_rows(vectors: Vectors) -> Vectors:
+    """Rows of [n, d] scaled to length 1 in float64; zero rows stay zero."""
+    wide = vectors.astype(np.float64)
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    unit: Vectors = (wide / np.where(norms > 0, norms, 1.0)).astype(np.float32)
+    return unit
+
+
+def _clean(text: str) -> str:
+    # JSON may carry lone surrogates, which no tokenizer accepts.
+    return text.encode("utf-8", "replace").decode("utf-8")

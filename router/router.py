@@ -1,0 +1,200 @@
+"""Text to decision: embed, score every expert, choose.
+
+The three steps are separate because they batch differently: texts are embedded and scored together, while
+each request chooses with its own options. `decide` runs all three.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .classifier import Classifier
+from .decision import Candidate, Decision, RoutingOptions, RoutingPlan, Strategy
+from .encoder import Encoded, Encoder, normalize_rows
+from .errors import RouterError, RoutingOptionsError
+from .index import CentroidIndex
+from .policy import Scores, blend_weights, softmax
+from .state import RouterState
+
+Vectors = npt.NDArray[np.float32]
+DEFAULTS = RoutingOptions(strategy="hybrid", top_m=3, policy="softmax")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreTable:
+    """Per text and expert [n, k]: raw cosine, the cosine ranked by (centred or raw), probability or None.
+
+    Per text [n]: whether it was cut, and whether it is blank (nothing to route by).
+    """
+
+    similarity: Vectors
+    ranked: Vectors
+    probability: Vectors | None
+    truncated: npt.NDArray[np.bool_]
+    blank: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.similarity)
+
+
+class Router:
+    """A fitted router with its encoder. Immutable after construction; one thread at a time may embed."""
+
+    def __init__(
+        self,
+        state: RouterState,
+        encoder: Encoder,
+        classifier: Classifier | None = None,
+        defaults: RoutingOptions = DEFAULTS,
+    ) -> None:
+        """`classifier` replaces the state's linear head. Raises RouterError when encoder and state differ."""
+        if encoder.spec != state.encoder:
+            raise RouterError(f"the centroids belong to {state.encoder}, not to {encoder.spec}")
+        self.state = state
+        self.encoder = encoder
+        self.classifier: Classifier | None = classifier or state.classifier
+        self.defaults = defaults.over(DEFAULTS)
+        self._index = CentroidIndex(state.centroids)
+        self._centred: CentroidIndex | None = None
+        if state.centring:
+            self._centred = CentroidIndex(normalize_rows(state.centroids - state.corpus_mean))
+        self._require_classifier(self.defaults)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.state.experts
+
+    def resolve(self, options: RoutingOptions | None = None) -> RoutingPlan:
+        """Fill every None: request over configuration over calibration. Raises RoutingOptionsError."""
+        asked = (options or RoutingOptions()).over(self.defaults)
+        self._require_classifier(asked)
+        strategy = asked.strategy or "hybrid"
+        fitted = self.state.calibration[strategy]
+        return RoutingPlan(
+            strategy=strategy,
+            top_m=asked.top_m or 1,
+            policy=asked.policy or "softmax",
+            temperature=fitted.temperature if asked.temperature is None else asked.temperature,
+            threshold=fitted.threshold if asked.threshold is None else asked.threshold,
+        )
+
+    def embed(self, texts: Sequence[str]) -> Encoded:
+        """[n] texts -> unit vectors [n, d] and truncation flags [n]."""
+        return self.encoder.encode(texts)
+
+    def similarities(self, vectors: Vectors) -> tuple[Vectors, Vectors]:
+        """Unit vectors [n, d] -> raw cosines and the cosines to rank by, both [n, k]."""
+        raw = self._index.similarities(vectors)
+        if self._centred is None:
+            return raw, raw
+        empty = blank_rows(vectors)[:, None]
+        shifted = normalize_rows(np.where(empty, vectors, vectors - self.state.corpus_mean))
+        return raw, self._centred.similarities(shifted)
+
+    def probabilities(self, texts: Sequence[str], vectors: Vectors) -> Vectors | None:
+        """[n] texts and their unit vectors -> the classifier's rows [n, k], None without a classifier."""
+        if self.classifier is None:
+            return None
+        rows = self.classifier.probabilities(texts, vectors)
+        if rows.shape != (len(texts), len(self.experts)) or not np.isfinite(rows).all():
+            raise RouterError(f"the classifier gave shape {rows.shape} or a value that is not finite")
+        return rows
+
+    def score(self, texts: Sequence[str], encoded: Encoded, *, classify: bool = True) -> ScoreTable:
+        """Score [n] embedded texts against all k experts; `classify=False` leaves the classifier out."""
+        raw, ranked = self.similarities(encoded.vectors)
+        probability = self.probabilities(texts, encoded.vectors) if classify else None
+        return ScoreTable(raw, ranked, probability, encoded.truncated, blank_rows(encoded.vectors))
+
+    def choose(self, table: ScoreTable, row: int, options: RoutingOptions | None = None) -> Decision:
+        """The decision for one row of a score table. Raises RoutingOptionsError for impossible options."""
+        plan = self.resolve(options)
+        scores = self._scores(table, row, plan.strategy)
+        order = np.argsort(-scores, kind="stable")
+        best = float(scores[order[0]])
+        blank = bool(table.blank[row])
+        fallback = blank or best < plan.threshold
+        weights = np.zeros(len(scores))
+        if not fallback:
+            chosen, values = blend_weights(scores, plan.top_m, plan.policy, plan.temperature)
+            weights[chosen] = values
+        candidates = tuple(self._candidate(table, row, int(place), scores, weights) for place in order)
+        experts = () if fallback else candidates[: plan.top_m]
+        second = float(scores[order[1]]) if len(order) > 1 else 0.0
+        spread = softmax(scores, plan.temperature)
+        return Decision(
+            strategy=plan.strategy,
+            policy=plan.policy,
+            temperature=plan.temperature,
+            threshold=plan.threshold,
+            candidates=candidates,
+            experts=experts,
+            fallback=fallback,
+            reason=_reason(plan, candidates[0], len(experts), blank),
+            truncated=bool(table.truncated[row]),
+            margin=best - second,
+            entropy=float(-(spread * np.log(np.maximum(spread, 1e-300))).sum()),
+        )
+
+    def decide(self, texts: Sequence[str], options: RoutingOptions | None = None) -> list[Decision]:
+        """One decision per text, all with the same options; a batch gives what single calls give."""
+        classify = self.needs_classifier(self.resolve(options))
+        table = self.score(texts, self.embed(texts), classify=classify)
+        return [self.choose(table, row, options) for row in range(len(table))]
+
+    def needs_classifier(self, plan: RoutingPlan) -> bool:
+        """Whether to run the classifier. A linear head is so cheap that its opinion is always shown."""
+        if self.classifier is None:
+            return False
+        return self.classifier.kind == "linear" or plan.strategy != "similarity"
+
+    def _scores(self, table: ScoreTable, row: int, strategy: Strategy) -> Scores:
+        cosine: Scores = table.ranked[row].astype(np.float64)
+        if strategy == "similarity":
+            return cosine
+        if table.probability is None:
+            raise RouterError(f"strategy {strategy} needs probabilities, but the texts were not classified")
+        probability: Scores = table.probability[row].astype(np.float64)
+        if strategy == "classifier":
+            return probability
+        return hybrid_scores(cosine, probability, self.state.hybrid_weight)
+
+    def _candidate(
+        self, table: ScoreTable, row: int, place: int, scores: Scores, weights: Scores
+    ) -> Candidate:
+        probability = None if table.probability is None else float(table.probability[row, place])
+        return Candidate(
+            id=self.state.experts[place],
+            weight=float(weights[place]),
+            similarity=float(table.similarity[row, place]),
+            probability=probability,
+            score=float(scores[place]),
+        )
+
+    def _require_classifier(self, options: RoutingOptions) -> None:
+        if options.strategy in ("classifier", "hybrid") and self.classifier is None:
+            raise RoutingOptionsError("strategy", f"{options.strategy} needs a classifier; there is none")
+
+
+def blank_rows(vectors: Vectors) -> npt.NDArray[np.bool_]:
+    """Which of [n, d] rows are all zero: the encoder's mark for a text with nothing to route by."""
+    return np.asarray(~np.any(vectors, axis=1), np.bool_)
+
+
+def hybrid_scores(cosine: Scores, probability: Scores, weight: float) -> Scores:
+    """weight · cosine + (1 - weight) · probability (QLoRA-MoE report §3.2, "hybrid routing"; ½ there)."""
+    return weight * cosine + (1.0 - weight) * probability
+
+
+def _reason(plan: RoutingPlan, best: Candidate, count: int, blank: bool) -> str:
+    if blank:
+        return "the text is blank: the base answers alone"
+    if not count:
+        return (
+            f"best {plan.strategy} score {best.score:.3f} ({best.id}) is below the threshold "
+            f"{plan.threshold:.3f}: the base answers alone"
+        )
+    experts = "1 expert" if count == 1 else f"{count} experts"
+    return f"{experts} by {plan.strategy}; best is {best.id} with score {best.score:.3f}"

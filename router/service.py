@@ -1,0 +1,261 @@
+"""Routing for many requests at once, off the event loop.
+
+One worker thread embeds. Texts that arrive while it works wait in a queue, and all of them go into its next
+batch: no timer, so an idle service answers at once and a busy one batches by itself. Scores of repeated texts
+come from a bounded LRU cache; the same text asked twice at the same time is embedded once.
+"""
+
+import asyncio
+import hashlib
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import numpy as np
+
+from .decision import Decision, RoutingOptions
+from .errors import RouterError
+from .router import Router, ScoreTable, blank_rows
+
+Observe = Callable[[str, float], None]
+Key = tuple[bytes, bool]
+
+
+@dataclass(slots=True)
+class ServiceStats:
+    """Counters since the start; seconds are the worker's, per stage.
+
+    texts: embedded. cache_hits: answered from the cache. joined: waited for the same text already on its way.
+    failures: texts that could not be scored. skipped: given up by every caller before their batch began.
+    """
+
+    batches: int = 0
+    texts: int = 0
+    largest_batch: int = 0
+    cache_hits: int = 0
+    joined: int = 0
+    failures: int = 0
+    skipped: int = 0
+    cache_entries: int = 0
+    cache_bytes: int = 0
+    embed_seconds: float = 0.0
+    search_seconds: float = 0.0
+    classify_seconds: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Wait:
+    """One text on its way, and how many callers still want it."""
+
+    key: Key
+    text: str
+    classify: bool
+    done: asyncio.Future[ScoreTable]
+    callers: int = 0
+
+
+class RoutingService:
+    """`await decide(text, options)` for any number of concurrent callers of one event loop."""
+
+    def __init__(
+        self,
+        router: Router,
+        *,
+        cache_entries: int = 4096,
+        cache_bytes: int = 32 << 20,
+        max_batch: int = 64,
+        observe: Observe | None = None,
+    ) -> None:
+        """`observe(stage, seconds)` is called on the event loop, per batch: "embed", "search", "classify"."""
+        self.router = router
+        self._stats = ServiceStats()
+        self._cache = _ScoreCache(cache_entries, cache_bytes)
+        self._max_batch = max_batch
+        self._observe = observe
+        self._waiting: deque[_Wait] = deque()
+        self._on_the_way: dict[Key, _Wait] = {}
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loramux-router")
+        self._runner: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        return self.router.experts
+
+    def stats(self) -> ServiceStats:
+        """A copy of the counters."""
+        return replace(self._stats, cache_entries=len(self._cache), cache_bytes=self._cache.bytes)
+
+    async def decide(self, text: str, options: RoutingOptions | None = None) -> Decision:
+        """The decision for one text.
+
+        Cancelling one caller never harms another that waits for the same text. Raises RoutingOptionsError at
+        once for impossible options, and whatever the encoder or classifier raised for this text.
+        """
+        classify = self.router.needs_classifier(self.router.resolve(options))
+        key = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), classify)
+        table = self._cache.get(key)
+        if table is None:
+            table = await self._scored(key, text, classify)
+        else:
+            self._stats.cache_hits += 1
+        return self.router.choose(table, 0, options)
+
+    async def close(self) -> None:
+        """Refuse new texts, finish those on their way, end the worker thread."""
+        self._closed = True
+        if self._runner is not None:
+            await asyncio.wait([self._runner])
+        self._worker.shutdown(wait=True)
+
+    async def _scored(self, key: Key, text: str, classify: bool) -> ScoreTable:
+        if self._closed:
+            raise RouterError("the router is closed")
+        wait = self._on_the_way.get(key)
+        if wait is None:
+            wait = _Wait(key, text, classify, asyncio.get_running_loop().create_future())
+            wait.done.add_done_callback(_retrieve)
+            self._on_the_way[key] = wait
+            self._waiting.append(wait)
+            if self._runner is None or self._runner.done():
+                self._runner = asyncio.create_task(self._run(), name="loramux-router")
+        else:
+            self._stats.joined += 1
+        wait.callers += 1
+        try:
+            return await asyncio.shield(wait.done)
+        finally:
+            wait.callers -= 1
+
+    async def _run(self) -> None:
+        """Score batches until nothing waits. Every wait taken is answered, whatever happens."""
+        while batch := self._next_batch():
+            try:
+                await self._score_batch(batch)
+            finally:
+                for wait in batch:
+                    self._on_the_way.pop(wait.key, None)
+                    if not wait.done.done():
+                        wait.done.set_exception(RouterError("the router stopped before this text was scored"))
+
+    def _next_batch(self) -> list[_Wait]:
+        batch: list[_Wait] = []
+        while self._waiting and len(batch) < self._max_batch:
+            wait = self._waiting.popleft()
+            if wait.callers > 0:
+                batch.append(wait)
+            else:
+                self._on_the_way.pop(wait.key, None)
+                wait.done.cancel()
+                self._stats.skipped += 1
+        return batch
+
+    async def _score_batch(self, batch: Sequence[_Wait]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            scored = await loop.run_in_executor(self._worker, _score, self.router, batch)
+        except Exception as error:  # whatever a text makes the encoder raise belongs to that text alone
+            if len(batch) == 1:
+                self._stats.failures += 1
+                batch[0].done.set_exception(error)
+                return
+            for wait in batch:
+                await self._score_batch([wait])
+            return
+        self._count(len(batch), scored.seconds)
+        for wait, table in zip(batch, scored.tables, strict=True):
+            self._cache.put(wait.key, table)
+            wait.done.set_result(table)
+
+    def _count(self, texts: int, seconds: dict[str, float]) -> None:
+        stats = self._stats
+        stats.batches += 1
+        stats.texts += texts
+        stats.largest_batch = max(stats.largest_batch, texts)
+        stats.embed_seconds += seconds["embed"]
+        stats.search_seconds += seconds["search"]
+        stats.classify_seconds += seconds["classify"]
+        if self._observe is not None:
+            for stage, value in seconds.items():
+                self._observe(stage, value)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Scored:
+    tables: list[ScoreTable]
+    seconds: dict[str, float]
+
+
+def _score(router: Router, batch: Sequence[_Wait]) -> _Scored:
+    """On the worker thread: embed and search all, classify those that need it; one single-row table each."""
+    texts = [wait.text for wait in batch]
+    start = perf_counter()
+    encoded = router.embed(texts)
+    embedded = perf_counter()
+    raw, ranked = router.similarities(encoded.vectors)
+    searched = perf_counter()
+    wanted = [row for row, wait in enumerate(batch) if wait.classify]
+    found = router.probabilities([texts[row] for row in wanted], encoded.vectors[wanted]) if wanted else None
+    classified = perf_counter()
+    place = {row: number for number, row in enumerate(wanted)}
+    blank = blank_rows(encoded.vectors)
+    tables = []
+    for row in range(len(batch)):
+        probability = None
+        if found is not None and row in place:
+            probability = np.array(found[place[row]][None])
+        one = slice(row, row + 1)
+        tables.append(
+            ScoreTable(
+                np.array(raw[one]),
+                np.array(ranked[one]),
+                probability,
+                encoded.truncated[one].copy(),
+                blank[one].copy(),
+            )
+        )
+    seconds = {"embed": embedded - start, "search": searched - embedded, "classify": classified - searched}
+    return _Scored(tables, seconds)
+
+
+class _ScoreCache:
+    """LRU of single-row score tables, bounded by entries and by bytes."""
+
+    _OVERHEAD = 600  # measured size of the objects around the numbers of one entry
+
+    def __init__(self, entries: int, limit: int) -> None:
+        self._entries = entries
+        self._limit = limit
+        self._tables: OrderedDict[Key, ScoreTable] = OrderedDict()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._tables)
+
+    def get(self, key: Key) -> ScoreTable | None:
+        table = self._tables.get(key)
+        if table is not None:
+            self._tables.move_to_end(key)
+        return table
+
+    def put(self, key: Key, table: ScoreTable) -> None:
+        old = self._tables.pop(key, None)
+        if old is not None:
+            self.bytes -= self._size(old)
+        self._tables[key] = table
+        self.bytes += self._size(table)
+        while self._tables and (len(self._tables) > self._entries or self.bytes > self._limit):
+            _, oldest = self._tables.popitem(last=False)
+            self.bytes -= self._size(oldest)
+
+    def _size(self, table: ScoreTable) -> int:
+        probability = 0 if table.probability is None else table.probability.nbytes
+        return self._OVERHEAD + table.similarity.nbytes + table.ranked.nbytes + probability
+
+
+def _retrieve(done: "asyncio.Future[ScoreTable]") -> None:
+    """Marks an exception as seen: when every caller left, nobody else will look at it."""
+    if not done.cancelled():
+        done.exception()
