@@ -1,0 +1,107 @@
+"""`loramux pool`: build a pool from rows, check one, add an expert to one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Build, check and extend pools.", no_args_is_help=True)
+
+Pool = Annotated[Path, typer.Argument(help="Pool directory.")]
+Data = Annotated[
+    list[Path],
+    typer.Option(help="JSONL file or folder of them (*.train.jsonl only, where there are such). Repeatable."),
+]
+
+
+@app.command()
+def build(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Pool directory to write; OUT.work keeps finished stages.")],
+    base: Annotated[str, typer.Option(help="Base directory, or a hub id in the local cache.")],
+    base_id: Annotated[str | None, typer.Option(help="The base's name in the pool; unset: its own.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the pool; unset: the name of OUT.")] = None,
+    copy_base: Annotated[bool, typer.Option(help="Copy a base directory into the pool.")] = True,
+    encoder: Annotated[
+        str | None, typer.Option(help="Embedder directory or cached hub id; unset: one is trained.")
+    ] = None,
+    experts: Annotated[int, typer.Option(min=1, help="Clusters to look for.")] = 12,
+    min_rows: Annotated[int, typer.Option(min=2, help="Smaller clusters are dissolved.")] = 32,
+    held_out: Annotated[
+        float, typer.Option(min=0.0, max=0.5, help="Fraction of rows not trained on.")
+    ] = 0.02,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
+    alpha: Annotated[float, typer.Option(min=1e-6, help="LoRA alpha; the scale is alpha / rank.")] = 16.0,
+    rate: Annotated[float, typer.Option(min=1e-9, help="Peak learning rate of the experts.")] = 2e-3,
+    epochs: Annotated[float, typer.Option(min=1e-3, help="Passes over each cluster.")] = 3.0,
+    minutes_per_expert: Annotated[float | None, typer.Option(min=0.001, help="Limit of each.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longer rows lose the end of their answer.")] = 512,
+    quantization: Annotated[str, typer.Option(help="Of the frozen base: none, nf4 or auto.")] = "none",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of clustering and training.")] = 0,
+) -> None:
+    """Embed the rows, cluster them, train one expert per cluster, fit the router, write the pool.
+
+    The same command goes on where a killed one was.
+    """
+    from loramux.adapters.training.expert import ExpertOptions
+    from loramux.server.pool.build import BuildOptions, build_pool
+    from loramux.server.pool.build_report import print_report
+
+    options = BuildOptions(
+        base=base,
+        base_id=base_id or Path(base).resolve().name,
+        name=name or out.resolve().name,
+        copy_base=copy_base,
+        encoder=encoder,
+        experts=experts,
+        min_rows=min_rows,
+        held_out=held_out,
+        quantization=quantization,
+        device=device,
+        seed=seed,
+        expert=ExpertOptions(
+            rank=rank,
+            alpha=alpha,
+            rate=rate,
+            epochs=epochs,
+            minutes=minutes_per_expert,
+            max_tokens=max_tokens,
+            seed=seed,
+        ),
+    )
+    report = build_pool(data, out, options)
+    print_report(report)
+    typer.echo(f"{out}: {len(report.experts)} experts; finished stages are kept in {out}.work")
+
+
+@app.command()
+def check(pool: Pool) -> None:
+    """Verify manifest, file hashes, base, every expert and the router; exit status 1 if anything is wrong."""
+    from loramux.server.pool.check import check_pool
+
+    problems = check_pool(pool)
+    for problem in problems:
+        typer.echo(" ".join(problem.split()), err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{pool}: sound")
+
+
+@app.command()
+def add(
+    pool: Pool,
+    adapter: Annotated[Path, typer.Argument(help="PEFT LoRA directory.")],
+    id: Annotated[str, typer.Option(help="Name of the expert: a lower-case slug.")],
+    data: Data,
+    description: Annotated[str, typer.Option(help="One line for people.")] = "",
+    any_base: Annotated[bool, typer.Option(help="Accept an adapter that names another base.")] = False,
+) -> None:
+    """Copy a PEFT LoRA into a pool; the rows teach the router what it is for."""
+    from loramux.adapters.training.rows import read_rows
+    from loramux.server.pool.add import add_expert
+
+    entry = add_expert(pool, adapter, id=id, rows=read_rows(data), description=description, any_base=any_base)
+    typer.echo(f"{pool}: {entry.id} added from {entry.rows} example rows")

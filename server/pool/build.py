@@ -1,0 +1,248 @@
+"""A pool from rows: embed, cluster, train one expert per cluster, fit the router, write `pool.json`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from loramux.adapters.training.expert import ExpertOptions, ExpertReport, base_hash, train_expert
+from loramux.adapters.training.progress import Ticker
+from loramux.adapters.training.rows import Row, read_rows, split_held_out, user_text
+from loramux.router.encoder import Encoded, Encoder
+from loramux.router.encoder_files import locate
+from loramux.router.fit.embedder import EmbedderOptions
+from loramux.router.fit.router import RouterFitOptions, fit_router
+from loramux.router.router import Router
+from loramux.router.state import RouterState
+from loramux.router.store import save_router
+from loramux.server.pool.build_report import BuildReport, ExpertLine, write_report
+from loramux.server.pool.clustering import Clustering, Embedded, cluster, embed, trained_encoder
+from loramux.server.pool.manifest import (
+    MANIFEST,
+    BaseEntry,
+    ExpertEntry,
+    Manifest,
+    PoolError,
+    RouterEntry,
+    hash_files,
+    write_manifest,
+)
+from loramux.server.pool.stages import Stages
+from loramux.server.pool.training_base import load_training_base
+
+_BASE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOptions:
+    """How a pool is built.
+
+    base: a directory or a hub id in the local cache. base_id: what the pool calls it. copy_base: put a base
+    directory into the pool; otherwise its absolute path is recorded. encoder: a directory or a cached hub id;
+    None trains one on the rows. experts: number of clusters asked for; those with fewer than `min_rows` rows
+    are dissolved. held_out: fraction of the rows that nothing is trained on.
+    """
+
+    base: str
+    base_id: str
+    name: str = "pool"
+    copy_base: bool = True
+    encoder: str | None = None
+    experts: int = 12
+    min_rows: int = 32
+    held_out: float = 0.02
+    quantization: str = "none"
+    device: str = "auto"
+    seed: int = 0
+    expert: ExpertOptions = field(default_factory=ExpertOptions)
+    embedder: EmbedderOptions = field(default_factory=EmbedderOptions)
+    router: RouterFitOptions = field(default_factory=RouterFitOptions)
+
+
+def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildReport:
+    """Build a pool from JSONL rows into `out`.
+
+    Every stage leaves its result in `<out>.work` with a fingerprint of its inputs: a build that was killed,
+    or is run again with other options, repeats only what is not there. `out` appears, or replaces an older
+    pool, when all is done.
+
+    Args:
+        data: JSONL files, or folders of them (see `find_data_files`).
+        out: the pool directory.
+        options: what to build.
+
+    Raises:
+        PoolError: `out` is something other than a pool, or the base is not usable.
+        AdapterError, RouterError: rows, options or a stage are not usable; the message says which.
+    """
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise PoolError(f"{out}: exists and is no pool; choose another directory")
+    rows, held = split_held_out(read_rows(data), options.held_out)
+    model, tokenizer = load_training_base(
+        options.base, quantization=options.quantization, device=options.device
+    )
+    stages = Stages(out.with_name(out.name + ".work"))
+    location: str | Path = options.encoder or trained_encoder(
+        rows, stages.folder / "encoder", options.embedder, stages
+    )
+    encoder = Encoder.load(location)
+    kept_vectors = embed(encoder, rows, stages, "embeddings")
+    held_vectors = embed(encoder, held, stages, "held-out embeddings")
+    clustering = cluster(
+        rows,
+        kept_vectors,
+        held_vectors,
+        k=options.experts,
+        seed=options.seed,
+        min_rows=options.min_rows,
+        stages=stages,
+    )
+    reports = []
+    for number, name in enumerate(clustering.ids):
+        reports.append(
+            train_expert(
+                model,
+                tokenizer,
+                _of(rows, clustering.labels == number),
+                _of(held, clustering.held_labels == number),
+                stages.folder / "experts" / name,
+                options.expert,
+                base_id=options.base_id,
+                base_hash=base_hash(Path(options.base)),
+                label=f"expert {number + 1}/{len(clustering.ids)} {name}",
+            )
+        )
+    with Ticker("router") as ticker:
+        state = fit_router(
+            kept_vectors.texts, clustering.labels, clustering.ids, encoder.spec, options.router
+        )
+        ticker.update(1.0)
+    routed = _routed(Router(state, encoder), held, held_vectors, clustering)
+    report = _report(rows, held, clustering, reports, routed)
+    _assemble(out, stages.folder, options, location, state, report)
+    return report
+
+
+def _of(rows: Sequence[Row], chosen: np.ndarray[tuple[int, ...], np.dtype[np.bool_]]) -> list[Row]:
+    return [rows[int(place)] for place in np.flatnonzero(chosen)]
+
+
+def _routed(router: Router, held: Sequence[Row], vectors: Embedded, clustering: Clustering) -> list[bool]:
+    """For each held-out row, whether the router's first choice is its own cluster's expert."""
+    if not held:
+        return []
+    encoded = Encoded(vectors.texts, np.zeros(len(held), np.bool_))
+    table = router.score([user_text(row) for row in held], encoded)
+    return [
+        router.choose(table, row).candidates[0].id == clustering.ids[int(label)]
+        for row, label in enumerate(clustering.held_labels)
+    ]
+
+
+def _report(
+    rows: Sequence[Row],
+    held: Sequence[Row],
+    clustering: Clustering,
+    experts: Sequence[ExpertReport],
+    routed: Sequence[bool],
+) -> BuildReport:
+    hits = np.array(routed, np.float64)
+    lines = []
+    for number, (name, expert) in enumerate(zip(clustering.ids, experts, strict=True)):
+        own = clustering.held_labels == number
+        lines.append(
+            ExpertLine(
+                id=name,
+                rows=int((clustering.labels == number).sum()),
+                held_out_rows=expert.held_out_rows,
+                top_terms=tuple(clustering.terms[number]),
+                steps=expert.steps,
+                base_loss=expert.base_loss,
+                expert_loss=expert.expert_loss,
+                routed=float(hits[own].mean()) if own.any() else None,
+            )
+        )
+    return BuildReport(
+        rows=len(rows),
+        held_out_rows=len(held),
+        cohesion=clustering.cohesion,
+        routed=float(hits.mean()) if len(hits) else None,
+        experts=tuple(lines),
+    )
+
+
+def _assemble(
+    out: Path,
+    work: Path,
+    options: BuildOptions,
+    encoder: str | Path,
+    state: RouterState,
+    report: BuildReport,
+) -> None:
+    """Put the pool together beside `out`, then move it there."""
+    partial = out.with_name(out.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    base_path = _base_path(options, partial)
+    for line in report.experts:
+        shutil.copytree(work / "experts" / line.id, partial / "experts" / line.id)
+    folder, hub_id = locate(encoder)
+    if hub_id is None:
+        shutil.copytree(folder, partial / "router" / "encoder")
+    save_router(state, partial / "router", encoder_path=None if hub_id else "encoder")
+    write_report(report, partial)
+    manifest = Manifest(
+        format="loramux-pool",
+        version=1,
+        name=options.name,
+        base=BaseEntry(id=options.base_id, path=base_path),
+        experts=tuple(
+            ExpertEntry(
+                id=line.id,
+                path=f"experts/{line.id}",
+                description=f"Rows about {', '.join(line.top_terms[:4])}",
+                rows=line.rows,
+                top_terms=line.top_terms,
+            )
+            for line in report.experts
+        ),
+        router=RouterEntry(path="router"),
+        sparse=(),
+        files=hash_files(partial),
+    )
+    write_manifest(partial, manifest)
+    old = out.with_name(out.name + ".old")
+    if old.exists():
+        shutil.rmtree(old)
+    if out.exists():
+        out.rename(old)
+    partial.rename(out)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def _base_path(options: BuildOptions, pool: Path) -> str:
+    """Copy the base into the pool where asked; what `base.path` is then."""
+    folder, hub_id = locate(options.base)
+    if hub_id is not None:
+        return hub_id
+    if not options.copy_base:
+        return str(folder.resolve())
+    (pool / "base").mkdir()
+    for file in sorted(folder.iterdir()):
+        if file.name in _BASE_FILES or (file.suffix == ".safetensors" and file.is_file()):
+            shutil.copyfile(file, pool / "base" / file.name)
+    return "base"

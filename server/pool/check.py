@@ -1,0 +1,53 @@
+"""Everything that can be found wrong with a pool without serving it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from loramux.adapters.base_shapes import BaseShapes
+from loramux.adapters.errors import AdapterError
+from loramux.adapters.peft_format import read_lora
+from loramux.router.encoder_files import locate
+from loramux.router.errors import RouterError
+from loramux.router.store import load_router
+from loramux.server.pool.manifest import Pool, PoolError, read_pool, verify
+
+
+def base_shapes(pool: Pool) -> BaseShapes:
+    """The linear modules of the pool's base, read from its `config.json`.
+
+    Raises:
+        PoolError: the base is not found.
+        BaseMismatchError: it is no causal language model.
+    """
+    try:
+        folder, _ = locate(pool.base_location)
+    except RouterError:
+        raise PoolError(f"base {pool.base_location!r}: neither a directory nor a cached model") from None
+    return BaseShapes.from_config_dir(folder, pool.manifest.base.id)
+
+
+def check_pool(root: Path) -> list[str]:
+    """One line for each problem: manifest, file hashes, base, every expert, router. Empty means sound."""
+    try:
+        pool = read_pool(root)
+    except PoolError as error:
+        return [str(error)]
+    problems = verify(root)
+    try:
+        shapes = base_shapes(pool)
+    except (PoolError, AdapterError) as error:
+        problems.append(str(error))
+    else:
+        for entry in pool.manifest.experts:
+            try:
+                read_lora(
+                    pool.expert_dir(entry), id=entry.id, base=shapes, any_base=entry.any_base, root=root
+                )
+            except AdapterError as error:
+                problems.append(f"expert {entry.id}: {error}")
+    try:
+        load_router(pool.router_dir, experts=[entry.id for entry in pool.manifest.experts])
+    except RouterError as error:
+        problems.append(f"router: {error}")
+    return problems
