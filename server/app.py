@@ -1,11 +1,11 @@
 """The application: parts in, ASGI app out."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
@@ -28,6 +28,18 @@ from loramux.server.routes.route import route_routes
 from loramux.server.routes.tokens import token_routes
 
 log = logging.getLogger("loramux")
+
+ROUTE_GROUPS: tuple[Callable[[Parts], APIRouter], ...] = (
+    chat_routes,
+    completion_routes,
+    model_routes,
+    route_routes,
+    token_routes,
+    admin_routes,
+    health_routes,
+    metrics_routes,
+    playground_routes,
+)
 
 
 def create_app(parts: Parts) -> FastAPI:
@@ -63,18 +75,8 @@ def create_app(parts: Parts) -> FastAPI:
             RouterError: _error,
         },
     )
-    for routes in (
-        chat_routes,
-        completion_routes,
-        model_routes,
-        route_routes,
-        token_routes,
-        admin_routes,
-        health_routes,
-        metrics_routes,
-        playground_routes,
-    ):
-        app.include_router(routes(parts))
+    for group in ROUTE_GROUPS:
+        app.include_router(group(parts))
     return app
 
 
@@ -84,6 +86,7 @@ async def shut_down(parts: Parts) -> None:
         return
     await parts.lifecycle.idle(parts.settings.drain_seconds)
     await parts.engine.stop(0)
+    await parts.router.close()
     parts.prompts.close()
 
 

@@ -122,7 +122,11 @@ class Metrics:
     def _make_routing(self) -> None:
         own = self.registry
         self._route_seconds = Histogram(
-            "loramux_route_seconds", "Routing by stage.", ("stage",), buckets=SHORT, registry=own
+            "loramux_route_seconds",
+            "A batch of routing texts, by stage.",
+            ("stage",),
+            buckets=SHORT,
+            registry=own,
         )
         self._decisions = Counter(
             "loramux_route_decisions", "Requests by how their blend was chosen.", ("outcome",), registry=own
@@ -206,7 +210,6 @@ class Metrics:
         outcome: str,
         experts: Iterable[str],
         *,
-        stages: Iterable[tuple[str, float]] = (),
         margin: float | None = None,
         entropy: float | None = None,
         truncated: bool = False,
@@ -215,14 +218,16 @@ class Metrics:
         self._decisions.labels(outcome).inc()
         for expert in experts:
             self._selected.labels(self._bounded("expert", expert)).inc()
-        for stage, seconds in stages:
-            self._route_seconds.labels(stage).observe(seconds)
         if margin is not None:
             self._margin.observe(margin)
         if entropy is not None:
             self._entropy.observe(entropy)
         if truncated:
             self._truncated.inc()
+
+    def route_stage(self, stage: str, seconds: float) -> None:
+        """A batch of texts went through one stage of the router."""
+        self._route_seconds.labels(stage).observe(seconds)
 
     def merged(self, method: str, seconds: float, relative_error: float) -> None:
         """A blend was made resident."""

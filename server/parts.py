@@ -10,7 +10,7 @@ from loramux.server.intake import Intake
 from loramux.server.lifecycle import Lifecycle
 from loramux.server.metrics import Metrics
 from loramux.server.pipeline import Pipeline
-from loramux.server.selection import Selector
+from loramux.server.selection import Router, Selector
 from loramux.server.settings import Settings
 from loramux.server.text.prompts import Prompts
 from loramux.server.text.vocabulary import Vocabulary
@@ -27,6 +27,7 @@ class Parts:
     prompts: Prompts
     vocabulary: Vocabulary
     intake: Intake
+    router: Router
     selector: Selector
     residency: Residency
     engine: Engine

@@ -61,6 +61,10 @@ class Router(Protocol):
         """The decision about one routing text."""
         ...
 
+    async def close(self) -> None:
+        """Finish what is on its way and end."""
+        ...
+
 
 class Selector:
     """Chooses by name, by the client's own mixture, or through the router."""
@@ -70,14 +74,13 @@ class Selector:
         *,
         catalog: Catalog,
         router: Router,
-        defaults: RoutingSettings,
+        merge: str,
         weight_step: float,
         metrics: Metrics,
     ) -> None:
         self._catalog = catalog
         self._router = router
-        self._defaults = defaults
-        self._options = options_of(defaults)
+        self._merge = merge
         self._step = weight_step
         self._metrics = metrics
 
@@ -115,10 +118,10 @@ class Selector:
         Raises:
             RouterError: impossible options, or the router failed.
         """
-        return explained(await self._router.decide(text, self._options_for(asked)))
+        return explained(await self._router.decide(text, _options(asked)))
 
     async def _route(self, ask: Ask) -> Selection:
-        decision = await self._router.decide(ask.routing_text, self._options_for(ask.routing))
+        decision = await self._router.decide(ask.routing_text, _options(ask.routing))
         served = [_selected(expert) for expert in decision.experts if expert.id in self._catalog.experts]
         asked = None if ask.routing is None else ask.routing.merge
         selection = Selection(
@@ -126,7 +129,7 @@ class Selector:
             self._on_grid(_rescaled(served, sum(expert.weight for expert in decision.experts))),
             fallback=decision.fallback or not served,
             truncated=decision.truncated,
-            method=asked or self._defaults.merge,
+            method=asked or self._merge,
         )
         self._metrics.routed(
             "fallback" if selection.fallback else "routed",
@@ -140,18 +143,6 @@ class Selector:
     def _counted(self, selection: Selection) -> Selection:
         self._metrics.routed(selection.strategy, selection.ids)
         return selection
-
-    def _options_for(self, asked: RoutingFields | None) -> RoutingOptions:
-        if asked is None:
-            return self._options
-        wanted = RoutingOptions(
-            strategy=asked.strategy,
-            top_m=asked.top_m,
-            policy=asked.policy,
-            temperature=asked.temperature,
-            threshold=asked.threshold,
-        )
-        return wanted.over(self._options)
 
     def _on_grid(self, experts: list[SelectedExpert]) -> tuple[SelectedExpert, ...]:
         """With the weights that the blend will have, so that the answer reports what was used."""
@@ -174,6 +165,19 @@ def options_of(settings: RoutingSettings) -> RoutingOptions:
         policy=settings.policy,
         temperature=settings.temperature,
         threshold=settings.threshold,
+    )
+
+
+def _options(asked: RoutingFields | None) -> RoutingOptions:
+    """What the client changes; the router knows the defaults."""
+    if asked is None:
+        return RoutingOptions()
+    return RoutingOptions(
+        strategy=asked.strategy,
+        top_m=asked.top_m,
+        policy=asked.policy,
+        temperature=asked.temperature,
+        threshold=asked.threshold,
     )
 
 

@@ -159,6 +159,9 @@ class WordRouter:
             entropy=1.0,
         )
 
+    async def close(self) -> None:
+        pass
+
 
 def saying(tokenizer: Any, text: str) -> Script:
     """A script that says `text`, whatever is asked."""

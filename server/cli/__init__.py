@@ -8,6 +8,7 @@ import typer
 
 from loramux.adapters.errors import AdapterError
 from loramux.router.errors import RouterError
+from loramux.server.cli.evaluate import evaluate
 from loramux.server.cli.route import route
 from loramux.server.cli.serve import serve
 from loramux.server.errors import StartError
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(route)
+app.command()(evaluate)
 
 
 @app.command()

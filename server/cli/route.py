@@ -1,6 +1,5 @@
 """`loramux route`: a routing decision on the terminal."""
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Annotated
@@ -19,16 +18,15 @@ def route(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole decision as JSON.")] = False,
 ) -> None:
     """Say which experts a text would go to, and why. The base model is not loaded."""
-    from loramux.server.build import build_router
-    from loramux.server.selection import explained, options_of
+    from loramux.server.build import load_pool_router, open_pool
+    from loramux.server.selection import explained
 
     settings = load_settings(config, {} if pool is None else {"pool": pool})
-    router = build_router(settings)
-    decision = asyncio.run(router.decide(text, options_of(settings.routing)))
+    decision = load_pool_router(settings, open_pool(settings)).decide([text])[0]
     if as_json:
         typer.echo(json.dumps(explained(decision), indent=2))
         return
     for expert in decision.experts:
-        typer.echo(f"{expert.weight:6.2f}  {expert.id:<32} similarity {expert.similarity:.3f}  "
-                   f"probability {expert.probability:.3f}")  # fmt: skip
+        probability = "" if expert.probability is None else f"  probability {expert.probability:.3f}"
+        typer.echo(f"{expert.weight:6.2f}  {expert.id:<32}  similarity {expert.similarity:.3f}{probability}")
     typer.echo(decision.reason)

@@ -31,14 +31,20 @@ def decode_json(body: bytes) -> Any:
     """Strict JSON.
 
     Raises:
-        RequestError: not UTF-8, not JSON, NaN or infinity, a number no float can hold, or nested too deep.
+        RequestError: not UTF-8, not JSON, NaN or infinity, a number no float can hold, nested too
+            deep, or half of a surrogate pair.
     """
     try:
         text = body.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _invalid(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError:
+        raise _invalid("the body has half of a surrogate pair, which is no character") from None
     except RecursionError:
         raise _invalid("the body is nested too deep") from None
     except json.JSONDecodeError as error:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from loramux.server.errors import StartError
@@ -44,16 +43,17 @@ class Vocabulary:
         return self.pieces.get(token, b"").decode("utf-8", "replace")
 
     @classmethod
-    def from_tokenizer_json(cls, path: Path) -> "Vocabulary":
-        """Read `tokenizer.json`.
+    def from_tokenizer(cls, tokenizer: Any) -> "Vocabulary":
+        """Of a transformers tokenizer.
 
         Raises:
-            StartError: unreadable, or of a family that is not known here.
+            StartError: not a fast one, or of a family that is not known here.
         """
-        try:
-            return cls.from_description(json.loads(path.read_text(encoding="utf-8")), str(path))
-        except (OSError, ValueError) as error:
-            raise StartError(f"tokenizer {path}: {error}") from None
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+        if backend is None:
+            raise StartError(f"tokenizer {name}: it has no tokenizer.json; convert it to a fast tokenizer")
+        return cls.from_description(json.loads(backend.to_str()), name)
 
     @classmethod
     def from_description(cls, described: dict[str, Any], source: str) -> "Vocabulary":

@@ -15,7 +15,7 @@ from loramux.server.text.vocabulary import Vocabulary
 from tests.kit import CHAT_TEMPLATE, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
-VOCABULARY = Vocabulary.from_description(json.loads(TOKENIZER.backend_tokenizer.to_str()), "test")
+VOCABULARY = Vocabulary.from_tokenizer(TOKENIZER)
 
 
 def ids_of(text: str) -> list[int]:

@@ -1,0 +1,58 @@
+# make serve | test | lint | bench | clean.  The virtual environment is made on first use.
+#
+# PIP_* variables of the environment reach pip unchanged: on a machine without an NVIDIA GPU, set PIP_INDEX_URL or
+# PIP_EXTRA_INDEX_URL to an index of CPU builds to spare several gigabytes of CUDA libraries.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+HOST ?= 127.0.0.1
+PORT ?= 8000
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+BIN := $(VENV)/bin
+SERVE_STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-test
+TYPING := build/typing/loramux
+PACKAGES := server router adapters kernels
+CHECKED := $(PACKAGES) tests benchmarks
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: serve test lint bench clean
+.DEFAULT_GOAL := serve
+
+serve: $(SERVE_STAMP)
+	exec $(BIN)/loramux serve --host $(HOST) --port $(PORT)
+
+test: lint
+	$(BIN)/pytest tests/unit tests/kernels
+	$(BIN)/pytest $(wildcard tests/http tests/e2e)
+
+lint: $(TEST_STAMP)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	mkdir -p $(TYPING)
+	for package in $(PACKAGES); do ln -sfn ../../../$$package $(TYPING)/$$package; done
+	MYPYPATH=build/typing $(BIN)/mypy $(addprefix -p loramux.,$(PACKAGES))
+
+bench: $(TEST_STAMP)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "loramux needs Python 3.11 or newer; name it with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "python's venv module is missing (Debian: python3-venv)" >&2; exit 1; }
+
+$(SERVE_STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(TEST_STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@ $(SERVE_STAMP)

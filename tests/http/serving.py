@@ -1,0 +1,157 @@
+"""A server over a real socket: real routes, pipeline and residency; the engine says what it is told."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import openai
+import torch
+import uvicorn
+
+from loramux.adapters.arena import Arena
+from loramux.adapters.base_shapes import BaseShapes
+from loramux.adapters.errors import AdapterFormatError
+from loramux.adapters.lora import LoraAdapter, LoraPair
+from loramux.adapters.residency import Residency
+from loramux.server.app import create_app
+from loramux.server.build import connect
+from loramux.server.metrics import Metrics
+from loramux.server.parts import Parts
+from loramux.server.settings import Settings, load_settings
+from tests.kit import ScriptedEngine, WordRouter, byte_tokenizer, saying
+
+BASE = "tiny-base"
+EXPERTS = ("code", "law", "math")
+SHAPES = BaseShapes(BASE, {"up": (24, 16), "down": (16, 24)})
+TOKENIZER = byte_tokenizer()
+
+Result = TypeVar("Result")
+
+
+def expert(name: str, rank: int = 4) -> LoraAdapter:
+    """A random adapter."""
+    pairs = {
+        module: LoraPair(torch.randn(rank, n_in), torch.randn(n_out, rank), 1.0)
+        for module, (n_out, n_in) in SHAPES.modules.items()
+    }
+    return LoraAdapter(name, f"hash of {name}", pairs)
+
+
+def read_expert(folder: Path, name: str) -> LoraAdapter:
+    """Stands for the PEFT reader: a folder is an adapter when it has an `ok` file."""
+    if not (folder / "ok").exists():
+        raise AdapterFormatError(f"{folder.name}: adapter_config.json is missing")
+    return expert(name)
+
+
+class Served:
+    """A running server and the parts inside it."""
+
+    def __init__(self, parts: Parts, engine: ScriptedEngine, router: WordRouter, url: str) -> None:
+        self.parts = parts
+        self.engine = engine
+        self.router = router
+        self.url = url
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        self.http = httpx.Client(base_url=url, timeout=30)
+
+    def on_loop(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on the server's event loop."""
+
+        async def call() -> Result:
+            return work()
+
+        assert self.loop is not None
+        return asyncio.run_coroutine_threadsafe(call(), self.loop).result(10)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Let the server's loop turn until `condition` holds."""
+
+        async def turn() -> None:
+            async with asyncio.timeout(20):
+                while not condition():
+                    await asyncio.sleep(0.002)
+
+        assert self.loop is not None
+        asyncio.run_coroutine_threadsafe(turn(), self.loop).result(30)
+
+    def hold(self) -> None:
+        """From now on no sequence gets another token."""
+        self.engine.gate = asyncio.Event()
+
+    def release(self) -> None:
+        """Go on."""
+        gate, self.engine.gate = self.engine.gate, None
+        if gate is not None:
+            self.on_loop(gate.set)
+
+    def chat(self, text: str = "hello", **options: Any) -> Any:
+        """A chat of one message through the OpenAI client."""
+        messages = [{"role": "user", "content": text}]
+        return self.client.chat.completions.create(**{"model": "auto", "messages": messages, **options})
+
+    def metric(self, name: str, **labels: str) -> float:
+        """A sample of `/metrics`."""
+        return self.parts.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+@contextmanager
+def serving(
+    tmp_path: Path, *, engine: ScriptedEngine | None = None, keys: tuple[str, ...] = (), **flags: Any
+) -> Iterator[Served]:
+    """A server on a free port, stopped at the end; no lease and no row may be left over."""
+    settings: Settings = load_settings(flags={"drain_seconds": 2, **flags})
+    engine = engine or ScriptedEngine(saying(TOKENIZER, "Hello, world."))
+    router = WordRouter(EXPERTS)
+    residency = Residency({name: expert(name) for name in EXPERTS}, Arena(SHAPES, 64))
+    metrics = Metrics(BASE, engine.stats, residency.stats, max_blends=8)
+    parts = connect(
+        settings,
+        metrics=metrics,
+        keys=keys,
+        base=BASE,
+        residency=residency,
+        engine=engine,
+        router=router,
+        tokenizer=TOKENIZER,
+        read=read_expert,
+        adapter_root=tmp_path / "adapters",
+        fingerprint="loramux-test",
+    )
+    server = uvicorn.Server(uvicorn.Config(create_app(parts), port=0, log_level="warning", lifespan="on"))
+    started = threading.Event()
+    served = Served(parts, engine, router, "")
+
+    async def main() -> None:
+        served.loop = asyncio.get_running_loop()
+        task = asyncio.create_task(server.serve())
+        while not server.started and not task.done():
+            await asyncio.sleep(0.002)
+        started.set()
+        await task
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    assert started.wait(30)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    running = Served(parts, engine, router, f"http://127.0.0.1:{port}")
+    running.loop = served.loop
+    try:
+        yield running
+        running.release()
+        running.wait_for(lambda: parts.lifecycle.active == 0)
+        residency.check_integrity()
+        assert residency.stats().pinned_bytes == 0
+        assert engine.running == 0
+        assert not parts.metrics.live
+    finally:
+        running.http.close()
+        running.client.close()
+        server.should_exit = True
+        thread.join(20)
+    assert not thread.is_alive()
