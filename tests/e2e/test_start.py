@@ -1,0 +1,68 @@
+"""Starting: in 4 bits, with a damaged pool, and the way out."""
+
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import COMMAND, serving
+
+QUESTION = [{"role": "user", "content": "What is the total number of points when the driver is Senna?"}]
+
+
+def test_a_4_bit_base_answers_on_a_cpu() -> None:
+    with serving("--quantization", "nf4", "--device", "cpu") as server:
+        answer = server.post(
+            "/v1/chat/completions", model="auto", messages=QUESTION, max_tokens=16, temperature=0
+        )
+        assert answer["choices"][0]["message"]["content"].strip()
+        assert answer["loramux"]["route"]["experts"]
+
+
+def test_sigterm_ends_the_process_cleanly() -> None:
+    with serving() as server:
+        assert httpx.get(f"{server.url}/ready").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+
+
+def damaged(pool: Path, name: str, how: str) -> None:
+    file = next(iter(sorted(pool.rglob(name))))
+    content = bytearray(file.read_bytes())
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "flipped":
+        content[-5] ^= 0xFF
+        file.write_bytes(content)
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("adapter_model.safetensors", "flipped"),
+        ("router.safetensors", "truncated"),
+        ("model.safetensors", "missing"),
+        ("router.json", "truncated"),
+    ],
+)
+def test_a_damaged_pool_stops_the_start_with_one_line(
+    tmp_path: Path, pool_dir: Path, name: str, how: str
+) -> None:
+    pool = tmp_path / "pool"
+    shutil.copytree(pool_dir, pool)
+    damaged(pool, name, how)
+    done = subprocess.run(
+        [*COMMAND, "serve", "--port", "0", "--pool", str(pool)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert name in done.stderr
