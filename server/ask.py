@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from loramux.server.engine.protocol import Sampling
-from loramux.server.wire.common import RoutingFields
+from loramux.server.wire.generation import RoutingFields
 
 
 @dataclass(frozen=True, slots=True)

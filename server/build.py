@@ -229,7 +229,7 @@ def _kv_tokens(model: PreTrainedModel, max_running: int) -> int:
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     wanted = max_running * int(config.max_position_embeddings)
-    return max(1024, min(wanted, free // 2 // token_bytes))
+    return max(1024, min(wanted, int(free // 2 // token_bytes)))
 
 
 def _read_adapter(folder: Path, name: str, *, shapes: BaseShapes, dtype: torch.dtype) -> LoraAdapter:

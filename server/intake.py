@@ -6,8 +6,8 @@ from loramux.server.engine.protocol import Sampling
 from loramux.server.errors import RequestError
 from loramux.server.text.prompts import Prompts
 from loramux.server.wire.chat import ChatRequest, Message
-from loramux.server.wire.common import GenerationFields
 from loramux.server.wire.completions import CompletionRequest
+from loramux.server.wire.generation import GenerationFields
 
 COMPLETION_TOKENS = 16
 

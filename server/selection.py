@@ -9,7 +9,7 @@ from loramux.server.ask import Ask
 from loramux.server.catalog import Catalog, Kind
 from loramux.server.metrics import Metrics
 from loramux.server.settings import RoutingSettings
-from loramux.server.wire.common import RoutingFields
+from loramux.server.wire.generation import RoutingFields
 
 NAMED = "named"
 GIVEN = "given"

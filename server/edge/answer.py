@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from loramux.server.edge.disconnect import ClientGone, while_connected
 from loramux.server.edge.failures import describe
-from loramux.server.wire.common import encode_json
+from loramux.server.wire.strict import encode_json
 
 log = logging.getLogger("loramux")
 

@@ -6,7 +6,7 @@ from loramux.adapters.lora import LoraAdapter
 from loramux.server.edge.body import read_json
 from loramux.server.parts import Parts
 from loramux.server.wire.admin import LoadAdapterRequest, UnloadAdapterRequest
-from loramux.server.wire.common import encode_json, parse
+from loramux.server.wire.strict import encode_json, parse
 
 
 def admin_routes(parts: Parts) -> APIRouter:

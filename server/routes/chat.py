@@ -8,7 +8,7 @@ from loramux.server.parts import Parts
 from loramux.server.render.chat import ChatRenderer
 from loramux.server.render.envelope import Envelope
 from loramux.server.wire.chat import ChatRequest
-from loramux.server.wire.common import parse
+from loramux.server.wire.strict import parse
 
 
 def chat_routes(parts: Parts) -> APIRouter:

@@ -7,8 +7,8 @@ from loramux.server.edge.body import read_json
 from loramux.server.parts import Parts
 from loramux.server.render.completions import CompletionRenderer
 from loramux.server.render.envelope import Envelope
-from loramux.server.wire.common import parse
 from loramux.server.wire.completions import CompletionRequest
+from loramux.server.wire.strict import parse
 
 
 def completion_routes(parts: Parts) -> APIRouter:

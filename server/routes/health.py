@@ -5,7 +5,7 @@ from fastapi import APIRouter, Response
 from loramux.server.errors import NotReady
 from loramux.server.lifecycle import Phase
 from loramux.server.parts import Parts
-from loramux.server.wire.common import encode_json
+from loramux.server.wire.strict import encode_json
 
 
 def health_routes(parts: Parts) -> APIRouter:

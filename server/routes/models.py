@@ -3,8 +3,8 @@
 from fastapi import APIRouter, Response
 
 from loramux.server.parts import Parts
-from loramux.server.wire.common import encode_json
 from loramux.server.wire.models import model_list
+from loramux.server.wire.strict import encode_json
 
 
 def model_routes(parts: Parts) -> APIRouter:

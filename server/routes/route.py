@@ -6,8 +6,8 @@ from loramux.server.edge.body import read_json
 from loramux.server.errors import RequestError
 from loramux.server.intake import routing_text
 from loramux.server.parts import Parts
-from loramux.server.wire.common import encode_json, parse
 from loramux.server.wire.route import RouteRequest
+from loramux.server.wire.strict import encode_json, parse
 
 
 def route_routes(parts: Parts) -> APIRouter:

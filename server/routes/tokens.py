@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from loramux.server.edge.body import read_json
 from loramux.server.parts import Parts
-from loramux.server.wire.common import encode_json, parse
+from loramux.server.wire.strict import encode_json, parse
 from loramux.server.wire.tokenize import DetokenizeRequest, TokenizeRequest, tokenized
 
 

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from loramux.server.wire.common import StrictModel
+from loramux.server.wire.strict import StrictModel
 
 
 class LoadAdapterRequest(StrictModel):

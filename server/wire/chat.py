@@ -4,14 +4,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from loramux.server.wire.common import (
-    GenerationFields,
-    StrictModel,
-    at_most,
-    field_error,
-    limits_of,
-    no_longer_than,
-)
+from loramux.server.wire.generation import GenerationFields
+from loramux.server.wire.strict import StrictModel, at_most, field_error, limits_of, no_longer_than
 
 
 class Message(StrictModel):

@@ -4,14 +4,8 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from loramux.server.wire.common import (
-    MAX_TOKENS,
-    GenerationFields,
-    at_most,
-    field_error,
-    limits_of,
-    no_longer_than,
-)
+from loramux.server.wire.generation import GenerationFields
+from loramux.server.wire.strict import MAX_TOKENS, at_most, field_error, limits_of, no_longer_than
 
 Prompt = str | tuple[int, ...]
 

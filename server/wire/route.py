@@ -5,7 +5,8 @@ from typing import Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loramux.server.wire.chat import Message
-from loramux.server.wire.common import RoutingFields, StrictModel, field_error, limits_of, no_longer_than
+from loramux.server.wire.generation import RoutingFields
+from loramux.server.wire.strict import StrictModel, field_error, limits_of, no_longer_than
 
 
 class RouteRequest(StrictModel):

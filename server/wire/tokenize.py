@@ -5,7 +5,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loramux.server.wire.chat import Message
-from loramux.server.wire.common import StrictModel, TokenId, field_error, limits_of, no_longer_than
+from loramux.server.wire.strict import StrictModel, TokenId, field_error, limits_of, no_longer_than
 
 
 class TokenizeRequest(StrictModel):

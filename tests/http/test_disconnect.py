@@ -28,7 +28,7 @@ def watch_leases(served: Served) -> None:
             finally:
                 log.append("freed")
 
-    residency.lease = watched  # type: ignore[method-assign, assignment]
+    residency.lease = watched  # type: ignore[method-assign]
 
 
 def send(served: Served, path: str, body: dict[str, Any]) -> socket.socket:

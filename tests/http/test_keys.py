@@ -26,7 +26,7 @@ def routes(served: Served) -> list[tuple[str, str]]:
         for group in ROUTE_GROUPS
         for route in group(served.parts).routes
         if isinstance(route, APIRoute)
-        for method in route.methods
+        for method in route.methods or ()
     ]
     assert len(found) >= 13
     return found

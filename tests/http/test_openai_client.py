@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -136,7 +137,8 @@ def test_a_stream_ends_with_done_and_event_stream_headers(served: Served) -> Non
 
 def test_max_tokens_ends_with_length(served: Served) -> None:
     for option in ("max_tokens", "max_completion_tokens"):
-        answer = served.chat(**{option: 5})
+        options: dict[str, Any] = {option: 5}
+        answer = served.chat(**options)
         assert answer.choices[0].message.content == "Hello"
         assert answer.choices[0].finish_reason == "length"
 
@@ -179,9 +181,7 @@ def test_completion_with_echo_and_logprobs(served: Served) -> None:
     assert choice.logprobs.tokens == ["a", "b", "H", "e"]
     assert choice.logprobs.token_logprobs == [None, -0.5, -0.5, -0.5]
     assert choice.logprobs.text_offset == [0, 1, 2, 3]
-    assert choice.logprobs.top_logprobs is not None
-    assert choice.logprobs.top_logprobs[0] is None
-    assert choice.logprobs.top_logprobs[1] == {"b": -0.5}
+    assert choice.logprobs.top_logprobs == [None, {"b": -0.5}, {"H": -0.5}, {"e": -0.5}]
 
 
 def test_scoring_a_prompt_without_generating(served: Served) -> None:

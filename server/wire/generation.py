@@ -1,46 +1,20 @@
-"""What chat and completions requests share, and how a validation error becomes a field's name."""
+"""What chat and completions requests have in common."""
 
-import json
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from loramux.server.wire.strict import (
+    MAX_TOKENS,
+    StrictModel,
+    TokenId,
+    at_most,
+    field_error,
+    limits_of,
+    no_longer_than,
 )
 
-from loramux.server.errors import RequestError
-from loramux.server.settings import Limits
-
 INT64 = 2**63
-MAX_TOKENS = 2**31 - 1
-
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
-
-
-Amount = TypeVar("Amount", int, int | None)
-
-
-class StrictModel(BaseModel):
-    """Unknown fields and wrong JSON types are errors; `null` for an optional field is its default."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, value: object) -> object:
-        if not isinstance(value, dict):
-            return value
-        fields = cls.model_fields
-        droppable = {name for name, info in fields.items() if not info.is_required()} | cls.UNSUPPORTED
-        return {key: item for key, item in value.items() if item is not None or key not in droppable}
 
 
 class StreamOptions(StrictModel):
@@ -145,90 +119,6 @@ class GenerationFields(StrictModel):
             if self.routing is not None:
                 raise field_error("routing", "cannot be combined with lora: a given mixture is not routed")
         return self
-
-
-class _FieldError(ValueError):
-    """A failure of several fields together, laid at the door of one."""
-
-    def __init__(self, param: str, message: str) -> None:
-        super().__init__(message)
-        self.param = param
-
-
-def field_error(param: str, message: str) -> ValueError:
-    """For a model validator: an error that names `param` although the whole model was checked."""
-    return _FieldError(param, message)
-
-
-def limits_of(info: ValidationInfo) -> Limits:
-    """The limits that `parse` passed in."""
-    limits = info.context
-    if not isinstance(limits, Limits):
-        raise TypeError("request models are validated through parse(), which passes the limits")
-    return limits
-
-
-def at_most(value: Amount, limit: int) -> Amount:
-    """`value`, or an error when it is a number over `limit`."""
-    if value is not None and value > limit:
-        raise ValueError(f"must be at most {limit}")
-    return value
-
-
-def no_longer_than(value: object, limit: int) -> object:
-    """`value`, or an error when it is a list or object of more than `limit` entries."""
-    if isinstance(value, list | dict) and len(value) > limit:
-        raise ValueError(f"has {len(value)} entries; at most {limit} are allowed")
-    return value
-
-
-Model = TypeVar("Model", bound=StrictModel)
-
-
-def parse(model: type[Model], body: object, limits: Limits) -> Model:
-    """`body`, already decoded from JSON, as `model`.
-
-    Raises:
-        RequestError: names the first field at fault.
-    """
-    if not isinstance(body, dict):
-        raise RequestError("the body must be a JSON object", code="invalid_json")
-    for name in model.UNSUPPORTED:
-        if body.get(name) is not None:
-            raise RequestError(
-                f"{name} is not supported by this server", param=name, code="unsupported_field"
-            )
-    try:
-        return model.model_validate(body, context=limits)
-    except ValidationError as error:
-        raise _request_error(error) from None
-
-
-def encode_json(value: Mapping[str, Any]) -> bytes:
-    """Compact UTF-8 JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _request_error(error: ValidationError) -> RequestError:
-    first = error.errors(include_url=False)[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, _FieldError):
-        return RequestError(f"{cause.param} {cause}", param=cause.param, code="invalid_value")
-    param = _path(first["loc"])
-    if first["type"] == "extra_forbidden":
-        return RequestError(f"unknown field {param}", param=param, code="unknown_field")
-    if first["type"] == "missing":
-        return RequestError(f"{param} is required", param=param, code="missing_field")
-    detail = str(cause) if isinstance(cause, ValueError) else first["msg"]
-    return RequestError(f"{param}: {detail}", param=param, code="invalid_value")
-
-
-def _path(loc: tuple[int | str, ...]) -> str:
-    """`messages[0].content` from a pydantic location; a name the client made up is cut short."""
-    path = ""
-    for part in loc:
-        path += f"[{part}]" if isinstance(part, int) else f".{part[:100]}"
-    return path.removeprefix(".") or "body"
 
 
 def _bias_token(key: object) -> int:
