@@ -54,7 +54,7 @@ def random_prompt(length: int) -> tuple[int, ...]:
 
 def with_delta(model: PreTrainedModel, parts: Sequence[tuple[LoraAdapter, float]]) -> PreTrainedModel:
     """A copy of the model with the float64 sum of the weighted deltas added into its weights."""
-    merged = type(model)(model.config).eval()
+    merged = type(model)(model.config).eval().requires_grad_(False)
     merged.load_state_dict(model.state_dict())
     for path, module in merged.named_modules():
         deltas = [w * adapter.delta(path) for adapter, w in parts if path in adapter.pairs]
