@@ -116,7 +116,7 @@ def write_lora(adapter: LoraAdapter, directory: str | Path, base_id: str) -> Non
         base_id: becomes `base_model_name_or_path`.
 
     Raises:
-        AdapterFormatError: the adapter has no modules.
+        AdapterFormatError: no modules, or a folded scale leaves the range of its type; nothing is written.
     """
     if not adapter.pairs:
         raise AdapterFormatError(f"adapter {adapter.id!r} has no modules to write to {directory}")
@@ -142,14 +142,17 @@ def write_lora(adapter: LoraAdapter, directory: str | Path, base_id: str) -> Non
     tensors: dict[str, Tensor] = {}
     for module, pair in adapter.pairs.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = pair.a.contiguous()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = _b(pair, folded=shared is None)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = _b(module, pair, folded=shared is None)
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / TENSOR_FILE, metadata={"format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _b(pair: LoraPair, *, folded: bool) -> Tensor:
+def _b(module: str, pair: LoraPair, *, folded: bool) -> Tensor:
     if not folded or pair.scale == 1.0:
         return pair.b.contiguous()
-    return (pair.b.float() * pair.scale).to(pair.b.dtype).contiguous()
+    b = (pair.b.float() * pair.scale).to(pair.b.dtype).contiguous()
+    if not torch.isfinite(b).all():
+        raise AdapterFormatError(f"{module}: scale {pair.scale:g} times B leaves the range of {b.dtype}")
+    return b

@@ -18,6 +18,7 @@ from loramux.adapters.errors import (
     BaseMismatchError,
     UnsupportedAdapterError,
 )
+from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.merge import merge
 from loramux.adapters.peft_format import read_lora, write_lora
 from tests.peft_kit import (
@@ -157,6 +158,17 @@ def test_a_written_blend_gives_real_peft_the_same_logits(tmp_path: Path) -> None
         distance(read_lora(tmp_path / "blend", id="b", base=BASE), {m: merged.delta(m) for m in merged.pairs})
         < 1e-6
     )
+
+
+def test_what_cannot_be_written_is_refused_before_a_file_exists(tmp_path: Path) -> None:
+    loud = LoraPair(torch.ones(2, 24).half(), torch.full((24, 2), 6e4).half(), 2.0)
+    quiet = LoraPair(torch.ones(2, 24).half(), torch.ones(24, 2).half(), 1.0)
+    adapter = LoraAdapter("x", "h", {"up": loud, "down": quiet})
+    with pytest.raises(AdapterFormatError, match=r"up: scale 2 times B leaves the range of torch\.float16"):
+        write_lora(adapter, tmp_path / "out", "tiny")
+    with pytest.raises(AdapterFormatError, match="no modules"):
+        write_lora(LoraAdapter("x", "h", {}), tmp_path / "out", "tiny")
+    assert not (tmp_path / "out").exists()
 
 
 REFUSED_CONFIGS: list[tuple[dict[str, Any], type[AdapterError], str]] = [
