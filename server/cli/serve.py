@@ -69,9 +69,14 @@ def run(settings: Settings) -> None:
     ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with contextlib.closing(_listen(settings.host, settings.port)) as listener:
+        import prometheus_client
+        from transformers.utils.logging import disable_progress_bar
+
         from loramux.server.app import create_app
         from loramux.server.build import build
 
+        disable_progress_bar()
+        prometheus_client.disable_created_metrics()
         parts = build(settings)
         config = uvicorn.Config(
             create_app(parts), log_level="warning", access_log=False, lifespan="on", server_header=False
