@@ -76,7 +76,7 @@ def run(settings: Settings) -> None:
         from loramux.server.build import build
 
         disable_progress_bar()
-        prometheus_client.disable_created_metrics()
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         parts = build(settings)
         config = uvicorn.Config(
             create_app(parts), log_level="warning", access_log=False, lifespan="on", server_header=False
