@@ -1,5 +1,6 @@
 """From wire requests to an `Ask`: tokenizing, the context, and what depends on the vocabulary."""
 
+from loramux.adapters.blend import METHOD_OPTIONS
 from loramux.server.ask import Ask, Prompt
 from loramux.server.catalog import Catalog, Kind
 from loramux.server.engine.protocol import Sampling
@@ -54,6 +55,12 @@ class Intake:
                                param="lora", code="invalid_value")  # fmt: skip
         if request.routing is not None and kind is not Kind.AUTO:
             raise RequestError("routing needs model auto", param="routing", code="invalid_value")
+        if request.routing is not None and request.routing.merge not in (None, *METHOD_OPTIONS):
+            raise RequestError(
+                f"routing.merge: {request.routing.merge!r} is not one of {', '.join(METHOD_OPTIONS)}",
+                param="routing.merge",
+                code="invalid_value",
+            )
         for index, entry in enumerate(request.lora or ()):
             self._catalog.expert(entry.id, param=f"lora[{index}].id")
         self._prompts.check_ids(list(request.logit_bias), "logit_bias")

@@ -20,6 +20,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from loramux.adapters.blend import METHOD_OPTIONS
 from loramux.server.errors import StartError
 
 ENV_PREFIX = "LORAMUX_"
@@ -97,6 +98,13 @@ class RoutingSettings(_Section):
         description="Best score under which the base answers alone; unset: the pool's calibrated one.",
     )
     merge: str = Field(default="exact", description="Merge method of routed blends.")
+
+    @field_validator("merge")
+    @classmethod
+    def _known_method(cls, value: str) -> str:
+        if value not in METHOD_OPTIONS:
+            raise ValueError(f"must be one of {', '.join(METHOD_OPTIONS)}")
+        return value
 
 
 class Settings(BaseSettings):

@@ -12,6 +12,9 @@ from loramux.server.settings import Limits
 MAX_TOKENS = 2**31 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
+# Made once: json.dumps would make one for every chunk of every stream.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
 Amount = TypeVar("Amount", int, int | None)
 
 
@@ -91,7 +94,7 @@ def parse(model: type[Model], body: object, limits: Limits) -> Model:
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
     """Compact UTF-8 JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 def _request_error(error: ValidationError) -> RequestError:

@@ -55,6 +55,7 @@ def test_the_file_may_be_named_by_the_environment(tmp_path: Path, monkeypatch: p
         ("port: 70000", "'port'"),
         ("engine: 3", "'engine'"),
         ("quantization: int3", "'quantization'"),
+        ("routing: {merge: mix}", "'routing.merge'"),
         ("admin_key: ''", "'admin_key'"),
         ("- a", "must be a mapping"),
         ("{", "not YAML"),
