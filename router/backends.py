@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .encoder_files import EncoderFiles
+from .encoder_files import EncoderFiles, read_tokenizer
 from .errors import RouterFileError
 
 Vectors = npt.NDArray[np.float32]
@@ -38,7 +38,6 @@ class StaticBackend:
     def __init__(self, folder: Path, max_tokens: int) -> None:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
-        from tokenizers import Tokenizer
 
         weights_file, tokenizer_file = folder / "model.safetensors", folder / "tokenizer.json"
         try:
@@ -50,12 +49,7 @@ class StaticBackend:
         self._table: Vectors = tensors["embedding.weight"].astype(np.float32)
         if not np.isfinite(self._table).all():
             raise RouterFileError(weights_file, "embedding.weight", "holds NaN or infinity")
-        if not tokenizer_file.is_file():
-            raise RouterFileError(tokenizer_file, "", "file is missing")
-        try:
-            self._tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        except Exception as error:  # tokenizers raises a bare Exception for every parse failure
-            raise RouterFileError(tokenizer_file, "", f"not a tokenizer: {error}") from None
+        self._tokenizer = read_tokenizer(tokenizer_file)
         rows = self._table.shape[0]
         if self._tokenizer.get_vocab_size() > rows:
             problem = f"{self._tokenizer.get_vocab_size()} tokens, but embedding.weight has {rows} rows"
@@ -79,7 +73,7 @@ class StaticBackend:
         for row, encoding in enumerate(encodings):
             truncated[row] = bool(encoding.overflowing)
             if encoding.ids:
-                vectors[row] = self._table[encoding.ids].mean(axis=0)
+                vectors[row] = self._table[encoding.ids].mean(axis=0, dtype=np.float64)
         return vectors, truncated
 
 

@@ -10,9 +10,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import RouterFileError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _MODULE_CLASSES = ("StaticEmbedding", "Transformer", "Pooling", "Normalize")
 _LEGACY_POOLING = {
@@ -106,6 +109,18 @@ def read_json(path: Path) -> Any:
         raise RouterFileError(path, "", "file is missing") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RouterFileError(path, "", f"not readable as JSON: {error}") from None
+
+
+def read_tokenizer(file: Path) -> "Tokenizer":
+    """A `tokenizer.json` of the tokenizers library. Raises RouterFileError when it is not one."""
+    from tokenizers import Tokenizer
+
+    if not file.is_file():
+        raise RouterFileError(file, "", "file is missing")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises a bare Exception for every parse failure
+        raise RouterFileError(file, "", f"not a tokenizer: {error}") from None
 
 
 def _module(modules_file: Path, position: int, module: Any) -> tuple[str, Path]:

@@ -1,0 +1,173 @@
+"""Fitting a whole router on texts of four topics, adding and removing experts, and what it generalises to."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from loramux.router.decision import STRATEGIES, RoutingOptions
+from loramux.router.encoder import Encoder, normalize_rows
+from loramux.router.errors import RouterError
+from loramux.router.fit.classifier import fit_linear, with_temperature
+from loramux.router.fit.report import accuracy, confusion_table, majority
+from loramux.router.fit.router import RouterFitOptions, add_expert, fit_router, remove_expert
+from loramux.router.router import Router
+from loramux.router.state import RouterState
+from tests.unit.router.kit import TOPICS, topic_pairs, write_static_encoder
+
+EXPERTS = list(TOPICS)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    pairs, _ = topic_pairs(400, seed=1)
+    folder = write_static_encoder(
+        tmp_path_factory.mktemp("encoder") / "static", [text for text, _ in pairs], dimension=48
+    )
+    return Encoder.load(folder)
+
+
+def fitted(encoder: Encoder, topics: int = 4, **options: object) -> RouterState:
+    pairs, labels = topic_pairs(400, seed=1)
+    keep = labels < topics
+    vectors = encoder.encode([text for text, _ in pairs]).vectors
+    chosen = RouterFitOptions(**options)  # type: ignore[arg-type]
+    return fit_router(vectors[keep], labels[keep], EXPERTS[:topics], encoder.spec, chosen)
+
+
+@pytest.fixture(scope="module")
+def state(encoder: Encoder) -> RouterState:
+    return fitted(encoder)
+
+
+def right(router: Router, strategy: str, seed: int = 99) -> float:
+    pairs, labels = topic_pairs(200, seed=seed)
+    decisions = router.decide([text for text, _ in pairs], RoutingOptions(strategy=strategy, threshold=-1.0))  # type: ignore[arg-type]
+    return accuracy([EXPERTS[n] for n in labels], [d.candidates[0].id for d in decisions])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_new_texts_find_their_topic(encoder: Encoder, state: RouterState, strategy: str) -> None:
+    assert right(Router(state, encoder), strategy) >= 0.85
+
+
+def test_typos_case_and_other_languages_still_decide(encoder: Encoder, state: RouterState) -> None:
+    router = Router(state, encoder)
+    texts = [
+        "ANCHOR the VESSEL sailor dock",
+        "anchr the vesel sailor rudder keel",
+    ]
+    found = router.decide(texts, RoutingOptions(threshold=-1.0))
+    assert [decision.candidates[0].id for decision in found] == ["harbour", "harbour"]
+    for decision in router.decide(
+        ["今天天气怎么样", "Où est l'anchor?", "x", "🚢", "a" * 100_000], RoutingOptions(threshold=-1.0)
+    ):
+        assert sum(expert.weight for expert in decision.experts) == pytest.approx(1)
+
+
+def test_few_held_out_texts_fall_below_the_threshold(encoder: Encoder) -> None:
+    router = Router(fitted(encoder, rejected=0.05), encoder)
+    pairs, _ = topic_pairs(400, seed=55)
+    for strategy in STRATEGIES:
+        decisions = router.decide([text for text, _ in pairs], RoutingOptions(strategy=strategy))
+        assert np.mean([decision.fallback for decision in decisions]) < 0.2
+
+
+def test_fitting_is_deterministic_and_follows_the_seed(encoder: Encoder, state: RouterState) -> None:
+    again, other = fitted(encoder), fitted(encoder, seed=5)
+    np.testing.assert_array_equal(again.centroids, state.centroids)
+    assert again.classifier is not None
+    assert state.classifier is not None
+    np.testing.assert_array_equal(again.classifier.weight, state.classifier.weight)
+    assert dict(again.calibration) == dict(state.calibration)
+    assert dict(other.calibration) != dict(state.calibration)
+
+
+def test_centring_switches_itself_on_for_crowded_cosines(encoder: Encoder) -> None:
+    generator = np.random.default_rng(6)
+    labels = generator.integers(0, 4, 400)
+    spread = normalize_rows((np.eye(48)[labels] + generator.normal(size=(400, 48)) * 0.7).astype(np.float32))
+    assert not fit_router(spread, labels, EXPERTS, encoder.spec).centring
+    crowded = normalize_rows(spread + 2 * np.eye(48, dtype=np.float32)[47])
+    assert (crowded @ crowded.T).mean() > 0.7
+    centred = fit_router(crowded, labels, EXPERTS, encoder.spec)
+    assert centred.centring
+    plain = fit_router(crowded, labels, EXPERTS, encoder.spec, RouterFitOptions(centring=False))
+    # Centring spreads the scores, so the same certainty needs a less extreme temperature.
+    assert centred.calibration["similarity"].temperature > plain.calibration["similarity"].temperature
+
+
+def test_a_learned_hybrid_weight_is_stored(encoder: Encoder) -> None:
+    weight = fitted(encoder, hybrid_weight=None).hybrid_weight
+    assert 0 <= weight <= 1
+    assert round(weight * 20) == pytest.approx(weight * 20)
+
+
+def test_an_added_expert_is_found_and_the_others_stay(encoder: Encoder, state: RouterState) -> None:
+    three = fitted(encoder, topics=3)
+    pairs, labels = topic_pairs(200, seed=31)
+    texts = [text for (text, _), label in zip(pairs, labels, strict=True) if label == 3]
+    grown = add_expert(three, "orchestra", encoder.encode(texts).vectors)
+    assert grown.experts == tuple(EXPERTS)
+    np.testing.assert_array_equal(grown.centroids[:3], three.centroids)
+    assert grown.samples is not None
+    assert set(grown.samples.labels.tolist()) == {0, 1, 2, 3}
+    for strategy in STRATEGIES:
+        assert right(Router(grown, encoder), strategy) >= 0.8
+    with pytest.raises(RouterError, match="already"):
+        add_expert(grown, "orchestra", encoder.encode(texts).vectors)
+    with pytest.raises(RouterError, match="no sample vectors"):
+        add_expert(replace(three, samples=None), "orchestra", encoder.encode(texts).vectors)
+
+
+def test_a_removed_expert_is_gone_and_the_others_stay(encoder: Encoder, state: RouterState) -> None:
+    less = remove_expert(state, "garden")
+    assert less.experts == ("kitchen", "harbour", "orchestra")
+    assert less.samples is not None
+    assert set(less.samples.labels.tolist()) == {0, 1, 2}
+    [decision] = Router(less, encoder).decide(
+        ["violin conductor tempo cello"], RoutingOptions(threshold=-1.0)
+    )
+    assert decision.candidates[0].id == "orchestra"
+    with pytest.raises(RouterError, match="cellar"):
+        remove_expert(less, "cellar")
+    with pytest.raises(RouterError, match="last"):
+        remove_expert(remove_expert(remove_expert(less, "kitchen"), "harbour"), "orchestra")
+
+
+def test_an_expert_with_one_row_cannot_be_fitted(encoder: Encoder) -> None:
+    vectors = encoder.encode(["onion", "garlic", "tide"]).vectors
+    with pytest.raises(RouterError, match=r"at least 2 rows; got \[2, 1\]"):
+        fit_router(vectors, np.array([0, 0, 1]), EXPERTS[:2], encoder.spec)
+
+
+def test_the_linear_head_reaches_the_optimum() -> None:
+    generator = np.random.default_rng(3)
+    vectors = normalize_rows(generator.normal(size=(300, 10)).astype(np.float32))
+    labels = (vectors[:, :3] + generator.normal(size=(300, 3)) * 0.2).argmax(axis=1)
+    head = fit_linear(vectors, labels, 3, l2=1e-3, iterations=200)
+    weight = torch.tensor(head.weight, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(head.bias, dtype=torch.float64, requires_grad=True)
+    logits = torch.tensor(vectors, dtype=torch.float64) @ weight.T + bias
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)) + 1e-3 * weight.square().sum()
+    loss.backward()
+    assert weight.grad is not None
+    assert bias.grad is not None
+    assert weight.grad.abs().max() < 1e-5
+    assert bias.grad.abs().max() < 1e-5
+    cooler = with_temperature(head, 2.0).probabilities([""] * 300, vectors).astype(np.float64)
+    sharp = head.probabilities([""] * 300, vectors).astype(np.float64)
+    np.testing.assert_allclose(cooler, np.sqrt(sharp) / np.sqrt(sharp).sum(axis=1, keepdims=True), atol=1e-5)
+    with pytest.raises(RouterError, match="needs rows for each"):
+        fit_linear(vectors, labels, 4)
+
+
+def test_the_report_counts_what_it_prints(tmp_path: Path) -> None:
+    assert majority(np.array([0, 0, 0, 1]), ["b", "b", "a", "a"], 3) == ["b", "a", ""]
+    table = confusion_table(["a", "a", "b", "b"], ["a", "b", "b", "b"])
+    lines = [line.split() for line in table.splitlines()]
+    assert lines[0] == ["a", "b", "rows", "right"]
+    assert lines[1:] == [["a", "1", "1", "2", "50.0%"], ["b", "0", "2", "2", "100.0%"], ["all", "4", "75.0%"]]
+    assert accuracy(["a", "b"], ["a", "a"]) == 0.5
