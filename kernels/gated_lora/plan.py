@@ -90,12 +90,14 @@ def plan_runs(segments: Sequence[tuple[GateSlot | None, int]], device: torch.dev
 
 def _slot_runs(slot: GateSlot, tokens: slice, device: torch.device | str) -> list[Run]:
     """The rows of one slot for one stretch of tokens: the gate is the same for every token."""
-    runs, done = [], 0
-    for lo, hi in _joined(slot.extents):
-        gate = slot.gate[done : done + hi - lo].to(device)
-        runs.append(Run(tokens, slice(lo, hi), gate, slot.modules))
-        done += hi - lo
-    return runs
+    parts = zip(slot.extents, slot.gate.split([hi - lo for lo, hi in slot.extents]), strict=True)
+    runs: list[tuple[Extent, list[Tensor]]] = []
+    for (lo, hi), gate in sorted(parts, key=lambda part: part[0]):
+        if runs and runs[-1][0][1] == lo:  # neighbours become one product
+            runs[-1] = ((runs[-1][0][0], hi), [*runs[-1][1], gate])
+        else:
+            runs.append(((lo, hi), [gate]))
+    return [Run(tokens, slice(lo, hi), torch.cat(gates).to(device), slot.modules) for (lo, hi), gates in runs]
 
 
 def _short_runs(
@@ -135,17 +137,6 @@ def _place(slot: GateSlot, tokens: slice, extents: Sequence[Extent], gates: Sequ
             if run_lo <= lo and hi <= run_hi:
                 gate[tokens, lo - run_lo : hi - run_lo] = slot.gate[done : done + hi - lo]
         done += hi - lo
-
-
-def _joined(extents: Sequence[Extent]) -> list[Extent]:
-    """Ranges that follow each other without a gap become one; their order, and so the gate's, stays."""
-    joined: list[Extent] = []
-    for lo, hi in extents:
-        if joined and joined[-1][1] == lo:
-            joined[-1] = (joined[-1][0], hi)
-        else:
-            joined.append((lo, hi))
-    return joined
 
 
 def _union(extents: Sequence[Extent]) -> list[Extent]:
