@@ -47,6 +47,9 @@ for _name, (_, _summary) in SUB_APPS.items():
 def main() -> None:
     """Run the command line; what the operator can mend is one line on stderr and exit code 1."""
     arguments = sys.argv[1:]
+    if arguments[:2] == ["train", "embedder"]:
+        # An embedder is trained, too; people look for it in both places.
+        arguments = arguments[1:]
     try:
         if arguments and arguments[0] in SUB_APPS:
             module = importlib.import_module(SUB_APPS[arguments[0]][0])
