@@ -17,7 +17,8 @@ def model_routes(parts: Parts) -> APIRouter:
         cards = (catalog.card(name) for name in catalog.names())
         return Response(encode_json(model_list(cards)), media_type="application/json")
 
-    @router.get("/v1/models/{model}")
+    # A base id may be a hub id, with a slash in it.
+    @router.get("/v1/models/{model:path}")
     async def model(model: str) -> Response:
         return Response(encode_json(catalog.card(model)), media_type="application/json")
 

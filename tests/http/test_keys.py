@@ -22,7 +22,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def routes(served: Served) -> list[tuple[str, str]]:
     found = [
-        (method, route.path.replace("{model}", "math"))
+        (method, route.path.replace("{model:path}", "math"))
         for group in ROUTE_GROUPS
         for route in group(served.parts).routes
         if isinstance(route, APIRoute)
