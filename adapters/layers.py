@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from loramux.adapters.arena import Arena
 from loramux.adapters.errors import BaseMismatchError
-from loramux.kernels.gated_lora import Plan, gated_lora_
+from loramux.kernels.gated_lora import BoundRun, Plan, bind, gated_lora_
 
 BARE = Plan()
 
@@ -50,6 +50,8 @@ class GatedLinear(nn.Module):
         self._layers = [layers]
         self._a = [layers.arena.a[path]]
         self._b = [layers.arena.b[path]]
+        self._bound_plan = BARE
+        self._bound: list[BoundRun] = []
 
     @property
     def weight(self) -> Tensor:
@@ -62,8 +64,10 @@ class GatedLinear(nn.Module):
         plan = self._layers[0].plan
         if plan.is_empty:
             return y
-        runs = plan.of(self.path)
-        if runs:
+        if plan is not self._bound_plan:
+            self._bound = bind(plan.of(self.path), self._a[0], self._b[0])
+            self._bound_plan = plan
+        if self._bound:
             with torch.no_grad():
-                gated_lora_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._a[0], self._b[0], runs)
+                gated_lora_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._bound)
         return y

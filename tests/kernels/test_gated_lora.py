@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 
-from loramux.kernels.gated_lora import GateSlot, dense_gate, gated_lora_, gated_lora_reference, plan_runs
+from loramux.kernels.gated_lora import (
+    GateSlot,
+    bind,
+    dense_gate,
+    gated_lora_,
+    gated_lora_reference,
+    plan_runs,
+)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ROWS = 97
@@ -55,7 +62,7 @@ def test_equals_the_formula(dtype: torch.dtype, kind: str, n_in: int, n_out: int
         y.double(), x.double(), a.double(), b.double(), dense_gate(plan.runs, tokens, ROWS)
     )
     out = y.clone()
-    gated_lora_(out, x, a, b, plan.of("m"))
+    gated_lora_(out, x, bind(plan.of("m"), a, b))
 
     error = (out.double() - expected).norm() / expected.norm()
     assert error < TOLERANCE[dtype]
@@ -86,7 +93,7 @@ def test_rows_of_others_never_reach_a_token() -> None:
         a[lo:hi], b[lo:hi] = torch.randn(hi - lo, 8), torch.randn(hi - lo, 8)
     y = torch.zeros(6, 8)
     plan = plan_runs([(None, 2), (slot, 2), (None, 2)])
-    gated_lora_(y, torch.randn(6, 8), a, b, plan.of("m"))
+    gated_lora_(y, torch.randn(6, 8), bind(plan.of("m"), a, b))
     assert torch.isfinite(y).all()
     assert (y[:2] == 0).all()
     assert (y[4:] == 0).all()
