@@ -39,7 +39,8 @@ lint: $(TEST_STAMP)
 	MYPYPATH=build/typing $(BIN)/mypy $(addprefix -p loramux.,$(PACKAGES))
 
 bench: $(TEST_STAMP)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/decode.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

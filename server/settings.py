@@ -72,8 +72,14 @@ class EngineSettings(_Section):
 class ResidencySettings(_Section):
     """Merged blends kept on the device."""
 
-    bytes: int = Field(default=256 * 1024 * 1024, ge=0, description="Bytes of merged blends kept resident.")
-    max_blends: int = Field(default=64, ge=1, description="Blends resident at once.")
+    bytes: int = Field(
+        default=2**30, ge=0, description="Bytes of adapter rows on the device: experts and inexact merges."
+    )
+    max_blends: int = Field(
+        default=4096,
+        ge=1,
+        description="Blends remembered; an exact one is a small vector over its experts' rows.",
+    )
     weight_step: float = Field(
         default=0.01, gt=0, le=0.5, description="Blend weights are rounded to this grid."
     )
