@@ -36,19 +36,8 @@ class StaticBackend:
     """Mean of one learned vector per token (sentence-transformers `StaticEmbedding`), without torch."""
 
     def __init__(self, folder: Path, max_tokens: int) -> None:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
-        weights_file, tokenizer_file = folder / "model.safetensors", folder / "tokenizer.json"
-        try:
-            tensors = load_file(weights_file)
-        except (OSError, SafetensorError) as error:
-            raise RouterFileError(weights_file, "", f"not readable as safetensors: {error}") from None
-        if "embedding.weight" not in tensors or tensors["embedding.weight"].ndim != 2:
-            raise RouterFileError(weights_file, "embedding.weight", "missing, or not a matrix")
-        self._table: Vectors = tensors["embedding.weight"].astype(np.float32)
-        if not np.isfinite(self._table).all():
-            raise RouterFileError(weights_file, "embedding.weight", "holds NaN or infinity")
+        tokenizer_file = folder / "tokenizer.json"
+        self._table = _static_table(folder / "model.safetensors")
         self._tokenizer = read_tokenizer(tokenizer_file)
         rows = self._table.shape[0]
         if self._tokenizer.get_vocab_size() > rows:
@@ -115,3 +104,40 @@ class SentenceTransformerBackend:
             list(texts), prompt="", convert_to_numpy=True, show_progress_bar=False, batch_size=32
         )
         return np.asarray(vectors, np.float32), truncated
+
+
+def _static_table(file: Path) -> Vectors:
+    """The vector of every token id, [vocabulary, d] float32.
+
+    sentence-transformers writes `embedding.weight`. model2vec writes `embeddings`, and for a vocabulary that
+    shares rows `mapping` [vocabulary] and `weights` [vocabulary], which are folded in here.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise RouterFileError(file, "", f"not readable as safetensors: {error}") from None
+    name = "embedding.weight" if "embedding.weight" in tensors else "embeddings"
+    table = tensors.get(name)
+    if table is None or table.ndim != 2 or table.dtype.kind != "f":
+        raise RouterFileError(file, "embedding.weight", "missing, or not a matrix of floating point numbers")
+    rows: Vectors = table.astype(np.float32)
+    if name == "embeddings" and "mapping" in tensors:
+        mapping = tensors["mapping"]
+        if (
+            mapping.ndim != 1
+            or mapping.dtype.kind not in "iu"
+            or not ((mapping >= 0) & (mapping < len(rows))).all()
+        ):
+            raise RouterFileError(file, "mapping", f"must be a list of row numbers below {len(rows)}")
+        rows = rows[mapping]
+    if name == "embeddings" and "weights" in tensors:
+        weights = tensors["weights"]
+        if weights.shape != (len(rows),) or weights.dtype.kind != "f":
+            raise RouterFileError(file, "weights", f"must be {len(rows)} floating point numbers")
+        rows = rows * weights.astype(np.float32)[:, None]
+    if not np.isfinite(rows).all():
+        raise RouterFileError(file, name, "holds NaN or infinity")
+    return rows

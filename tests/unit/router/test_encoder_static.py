@@ -40,6 +40,28 @@ def test_equals_sentence_transformers(tmp_path: Path, dtype: type, tolerance: fl
     np.testing.assert_allclose(got, expected.astype(np.float32), atol=tolerance)
 
 
+def test_the_layout_of_model2vec_equals_sentence_transformers(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = write_static_encoder(tmp_path / "encoder", TEXTS, seed=3)
+    generator = np.random.default_rng(4)
+    table = load_file(folder / "model.safetensors")["embedding.weight"][:40]
+    tokens = generator.integers(0, 40, 600)
+    tensors = {
+        "embeddings": table.copy(),
+        "mapping": tokens,
+        "weights": generator.random(600).astype(np.float32),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    oracle = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    expected = oracle.encode([E5_PREFIX + text for text in TEXTS], show_progress_bar=False)
+    np.testing.assert_allclose(Encoder.load(folder).encode(TEXTS).vectors, expected, atol=1e-5)
+    for name, bad in [("mapping", tokens + 1), ("weights", np.ones(3, np.float32))]:
+        save_file({**tensors, name: bad}, folder / "model.safetensors")
+        with pytest.raises(RouterFileError, match=name):
+            Encoder.load(folder)
+
+
 def test_equals_a_float64_mean_of_rows(folder: Path) -> None:
     from tokenizers import Tokenizer
 
