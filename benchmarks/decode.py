@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py [--shape tiny|0.39b] [--repeats 3] [--save benchmarks/results/decode.json]
 
-Random weights: the work does not depend on what they say. Before anything is timed in float32, a mixed batch is
+Random weights: the work does not depend on what they say. Before timing in float32, a mixed batch is
 compared with its isolated runs. The scenarios of one repeat run one after another, so that a ratio compares
 neighbours in time; medians over the repeats are reported. Mixtures are of three experts out of eight.
 """
