@@ -37,6 +37,7 @@ def build(
     rate: Annotated[float, typer.Option(min=1e-9, help="Peak learning rate of the experts.")] = 2e-3,
     epochs: Annotated[float, typer.Option(min=1e-3, help="Passes over each cluster.")] = 3.0,
     minutes_per_expert: Annotated[float | None, typer.Option(min=0.001, help="Limit of each.")] = None,
+    step_tokens: Annotated[int, typer.Option(min=64, help="Tokens of one optimiser step.")] = 2048,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longer rows lose the end of their answer.")] = 512,
     quantization: Annotated[str, typer.Option(help="Of the frozen base: none, nf4 or auto.")] = "none",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -69,6 +70,7 @@ def build(
             epochs=epochs,
             minutes=minutes_per_expert,
             max_tokens=max_tokens,
+            step_tokens=step_tokens,
             seed=seed,
         ),
     )

@@ -65,6 +65,7 @@ def expert(
     rate: Annotated[float, typer.Option(min=1e-9, help="Peak learning rate.")] = 2e-3,
     epochs: Annotated[float, typer.Option(min=1e-3, help="Passes over the rows.")] = 3.0,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall-clock limit.")] = None,
+    step_tokens: Annotated[int, typer.Option(min=64, help="Tokens of one optimiser step.")] = 2048,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longer rows lose the end of their answer.")] = 512,
     held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="Fraction of rows to measure on.")] = 0.02,
     quantization: Annotated[str, typer.Option(help="Of the frozen base: none or nf4.")] = "none",
@@ -89,6 +90,7 @@ def expert(
         epochs=epochs,
         minutes=minutes,
         max_tokens=max_tokens,
+        step_tokens=step_tokens,
         seed=seed,
     )
     kept, unseen = split_held_out(read_rows(data), held_out)
