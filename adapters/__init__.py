@@ -1,0 +1,1 @@
+"""LoRA files, blends, merging, residency, layers put into the base; training experts."""

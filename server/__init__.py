@@ -1,0 +1,1 @@
+"""The HTTP edge, settings, command line, and the life of a request."""

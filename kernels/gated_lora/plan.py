@@ -90,7 +90,7 @@ def plan_runs(segments: Sequence[tuple[GateSlot | None, int]], device: torch.dev
 
 def _slot_runs(slot: GateSlot, tokens: slice, device: torch.device | str) -> list[Run]:
     """The rows of one slot for one stretch of tokens: the gate is the same for every token."""
-    parts = zip(slot.extents, slot.gate.split([hi - lo for lo, hi in slot.extents]), strict=True)
+    parts = zip(slot.extents, torch.split(slot.gate, [hi - lo for lo, hi in slot.extents]), strict=True)
     runs: list[tuple[Extent, list[Tensor]]] = []
     for (lo, hi), gate in sorted(parts, key=lambda part: part[0]):
         if runs and runs[-1][0][1] == lo:  # neighbours become one product

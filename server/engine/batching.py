@@ -32,52 +32,8 @@ from transformers.generation.continuous_batching.requests import (
 from transformers.generation.continuous_batching.scheduler import FIFOScheduler
 
 from loramux.server.engine.attention import PER_REQUEST
-from loramux.server.engine.protocol import TokenScore
+from loramux.server.engine.hooks import StepHooks
 from loramux.server.engine.sampler import token_score
-
-Segment = tuple[str, int]
-
-
-class StepHooks:
-    """What a step asks of its owner. Called on the stepping thread."""
-
-    def salt(self, request_id: str) -> str | None:
-        """What tells this request's KV cache apart from others with the same tokens; `None` for nothing."""
-        raise NotImplementedError
-
-    def may_share(self, request_id: str) -> bool:
-        """Whether the request may start from another one's KV cache."""
-        raise NotImplementedError
-
-    def before_forward(self, segments: Sequence[Segment], positions: Sequence[int]) -> None:
-        """(request id, tokens) of the packed batch in order, and the position at which each one starts."""
-        raise NotImplementedError
-
-    def after_forward(self) -> None:
-        """The forward pass is over, also when it failed."""
-        raise NotImplementedError
-
-    def scored_prompt(self, request_id: str) -> tuple[tuple[int, ...], int] | None:
-        """The prompt and the number of alternatives, for a request whose prompt is still to be scored."""
-        raise NotImplementedError
-
-    def add_prompt_scores(self, request_id: str, scores: list[TokenScore]) -> None:
-        raise NotImplementedError
-
-    def sample(self, request_ids: Sequence[str], logits: Tensor) -> list[int]:
-        """Choose a token for each request; `logits` is float32 [requests, vocabulary]."""
-        raise NotImplementedError
-
-    def stepped(self, prefill_tokens: int, decode_tokens: int) -> None:
-        """The tokens chosen in this step are final."""
-        raise NotImplementedError
-
-    def failed(self, request_id: str, error: str) -> None:
-        raise NotImplementedError
-
-    def cancelled(self, request_ids: set[str]) -> None:
-        """No later step will include these requests."""
-        raise NotImplementedError
 
 
 class SaltedCache(PagedAttentionCache):  # type: ignore[misc]

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from loramux.adapters.layers import AdapterLayers
 from loramux.kernels.gated_lora import GateSlot, Plan, plan_runs
-from loramux.server.engine.batching import Batching, Segment, StepHooks
+from loramux.server.engine.batching import Batching
+from loramux.server.engine.hooks import Segment
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineError,
@@ -39,9 +40,12 @@ class EngineLimits:
     prefix_sharing: bool = True
 
 
-class LocalEngine(StepHooks):
-    """Implements `Engine`. The event loop submits and cancels, one thread steps; events cross over at the end
-    of a step, all of them in one call."""
+class LocalEngine:
+    """Implements `Engine`, and `StepHooks` for its batching.
+
+    The event loop submits and cancels, one thread steps; events cross over at the end of a step, all of them in
+    one call.
+    """
 
     def __init__(
         self,
