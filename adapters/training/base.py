@@ -118,6 +118,19 @@ def _tokenizer_for(
     return tokenizer
 
 
+def _read_groups(data: Sequence[Path], options: BaseOptions) -> tuple[list[list[Row]], list[Row]]:
+    """The rows of each file, shuffled, and the held-out rows of all of them, shuffled together."""
+    groups: list[list[Row]] = []
+    held_out: list[Row] = []
+    for path in find_data_files(data):
+        kept, held = split_held_out(read_rows([path]), options.held_out)
+        random.Random(options.seed).shuffle(kept)
+        groups.append(kept)
+        held_out.extend(held)
+    random.Random(options.seed).shuffle(held_out)
+    return groups, held_out
+
+
 def train_base(
     data: Sequence[Path],
     out: Path,
@@ -142,14 +155,7 @@ def train_base(
         RowError: the data cannot be read.
         OptionError: no rows, no limit, or a vocabulary smaller than the alphabet.
     """
-    groups: list[list[Row]] = []
-    held_out: list[Row] = []
-    for path in find_data_files(data):
-        kept, held = split_held_out(read_rows([path]), options.held_out)
-        random.Random(options.seed).shuffle(kept)
-        groups.append(kept)
-        held_out.extend(held)
-    random.Random(options.seed).shuffle(held_out)
+    groups, held_out = _read_groups(data, options)
     identity = json.dumps([asdict(options), [rows_hash(rows) for rows in groups]])
     fingerprint = hashlib.sha256(identity.encode()).hexdigest()
     work = out / "work"

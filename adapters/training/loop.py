@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,18 +131,19 @@ def train(
         CheckpointError: the state file is damaged.
     """
     parameters: Mapping[str, Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    peaks = [[float(group["lr"]) for group in optimiser.param_groups] for optimiser in optimisers]
+    peaks = [float(group["lr"]) for optimiser in optimisers for group in optimiser.param_groups]
     at = checkpoint.load(state_file, fingerprint, parameters, optimisers) or checkpoint.Progress(0, 0.0, 0.0)
+    # Loading a state replaces the group objects.
+    groups = [group for optimiser in optimisers for group in optimiser.param_groups]
     step, seconds, smoothed = at.step, at.seconds, at.loss
     saved_at, tokens, since = seconds, 0, time.monotonic()
     with Ticker(label) as ticker:
         while (fraction := options.fraction(step, seconds)) < 1.0:
             started = time.monotonic()
-            for optimiser, rates in zip(optimisers, peaks, strict=True):
-                for group, peak in zip(optimiser.param_groups, rates, strict=True):
-                    group["lr"] = peak * options.rate(fraction)
+            for group, peak in zip(groups, peaks, strict=True):
+                group["lr"] = peak * options.rate(fraction)
             loss, count = _step(model, optimisers, batches.step(step), options.clip)
-            if count and not abs(loss) < float("inf"):
+            if count and not math.isfinite(loss):
                 raise DivergedError(f"{label}: the loss is {loss} at step {step}; lower the learning rate")
             if count:
                 smoothed = loss if smoothed == 0.0 else _SMOOTHING * smoothed + (1 - _SMOOTHING) * loss

@@ -43,10 +43,7 @@ def build(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of clustering and training.")] = 0,
 ) -> None:
-    """Embed the rows, cluster them, train one expert per cluster, fit the router, write the pool.
-
-    The same command goes on where a killed one was.
-    """
+    """Embed rows, cluster them, train an expert per cluster, fit the router; run again, it goes on."""
     from loramux.adapters.training.expert import ExpertOptions
     from loramux.server.pool.build import BuildOptions, build_pool
     from loramux.server.pool.build_report import print_report

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from loramux.adapters.training.expert import ExpertOptions, ExpertReport, base_hash, train_expert
-from loramux.adapters.training.progress import Ticker
 from loramux.adapters.training.rows import Row, read_rows, split_held_out, user_text
 from loramux.router.encoder import Encoded, Encoder
 from loramux.router.encoder_files import locate
@@ -109,26 +108,22 @@ def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildR
         min_rows=options.min_rows,
         stages=stages,
     )
-    reports = []
-    for number, name in enumerate(clustering.ids):
-        reports.append(
-            train_expert(
-                model,
-                tokenizer,
-                _of(rows, clustering.labels == number),
-                _of(held, clustering.held_labels == number),
-                stages.folder / "experts" / name,
-                options.expert,
-                base_id=options.base_id,
-                base_hash=base_hash(Path(options.base)),
-                label=f"expert {number + 1}/{len(clustering.ids)} {name}",
-            )
+    base = base_hash(Path(options.base))
+    reports = [
+        train_expert(
+            model,
+            tokenizer,
+            _of(rows, clustering.labels == number),
+            _of(held, clustering.held_labels == number),
+            stages.folder / "experts" / name,
+            options.expert,
+            base_id=options.base_id,
+            base_hash=base,
+            label=f"expert {number + 1}/{len(clustering.ids)} {name}",
         )
-    with Ticker("router") as ticker:
-        state = fit_router(
-            kept_vectors.texts, clustering.labels, clustering.ids, encoder.spec, options.router
-        )
-        ticker.update(1.0)
+        for number, name in enumerate(clustering.ids)
+    ]
+    state = fit_router(kept_vectors.texts, clustering.labels, clustering.ids, encoder.spec, options.router)
     routed = _routed(Router(state, encoder), held, held_vectors, clustering)
     report = _report(rows, held, clustering, reports, routed)
     _assemble(out, stages.folder, options, location, state, report)

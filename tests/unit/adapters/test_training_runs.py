@@ -267,9 +267,9 @@ def test_muon_makes_updates_nearly_orthogonal():
     Muon([weight], lr=0.1).step()
     assert torch.equal(weight, before)
     target = torch.randn(8, 5)
-    optimiser = Muon([weight], lr=0.1, weight_decay=0.0)
+    optimiser = Muon([weight], lr=0.4, weight_decay=0.0)
     for step in range(200):
-        optimiser.param_groups[0]["lr"] = 0.1 * (1 - step / 200)
+        optimiser.param_groups[0]["lr"] = 0.4 * (1 - step / 200)
         optimiser.zero_grad()
         (weight - target).square().sum().backward()
         optimiser.step()

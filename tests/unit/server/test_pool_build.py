@@ -226,11 +226,12 @@ def test_what_cannot_be_added_is_refused_and_the_pool_stays_as_it_was(copy, buil
         add_expert(copy, source, id="new", rows=rows)
 
 
-def test_the_command_builds_a_pool(corpus, options, tmp_path):
+@pytest.mark.parametrize("held_out", ["0.1", "0"])
+def test_the_command_builds_a_pool(corpus, options, tmp_path, held_out):
     arguments = ["build", "--data", str(corpus), "--out", str(tmp_path / "p"), "--base", options.base]
     arguments += ["--experts", "2", "--min-rows", "8", "--epochs", "0.2", "--rank", "1", "--no-copy-base"]
     result = CliRunner().invoke(
-        app, [*arguments, "--held-out", "0.1", "--base-id", "b"], env={"COLUMNS": "160"}
+        app, [*arguments, "--held-out", held_out, "--base-id", "b"], env={"COLUMNS": "160"}
     )
     assert result.exit_code == 0, result.output
     assert "top terms" in result.output
