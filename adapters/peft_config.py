@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from loramux.adapters.errors import AdapterFormatError, BaseMismatchError, UnsupportedAdapterError
 
+MAX_PATTERN = 1000
 T = TypeVar("T")
 
 MAX_CONFIG_BYTES = 4 * 2**20
@@ -210,7 +211,7 @@ def _patterns(
     if not isinstance(value, dict):
         raise AdapterFormatError(f"{path}: {name} must be an object, got {value!r}")
     return tuple(
-        (_compile(rf"(?:.*\.)?(?:{pattern})", path, name), check(entry, path, f"{name}[{pattern}]"))
+        (_compile(pattern, path, name, r"(?:.*\.)?(?:{})"), check(entry, path, f"{name}[{pattern}]"))
         for pattern, entry in value.items()
     )
 
@@ -229,9 +230,19 @@ def _names(fields: Mapping[str, object], path: Path, name: str) -> tuple[str, ..
     return tuple(value)
 
 
-def _compile(pattern: str, path: Path, name: str) -> re.Pattern[str]:
+def _compile(pattern: str, path: Path, name: str, frame: str = "{}") -> re.Pattern[str]:
+    """Compile a pattern from an adapter file, which is not to be trusted with the time it takes.
+
+    Matching a module path of a hundred characters is quick unless a group is repeated: `(a+)+` and `(a|a)*`
+    take exponential time. No adapter needs such a thing to name modules.
+    """
+    if len(pattern) > MAX_PATTERN or re.search(r"\)(?:[*+]|\{)", pattern):
+        raise AdapterFormatError(
+            f"{path}: {name}: {pattern[:80]!r} repeats a group or is over {MAX_PATTERN} characters; "
+            "name the modules in a list instead"
+        )
     try:
-        return re.compile(pattern)
+        return re.compile(frame.replace("{}", pattern, 1))
     except re.error as error:
         raise AdapterFormatError(f"{path}: {name}: {pattern!r} is no regular expression: {error}") from error
 

@@ -43,7 +43,7 @@ class EngineLimits:
 class LocalEngine:
     """Implements `Engine`, and `StepHooks` for its batching.
 
-    The event loop submits and cancels, one thread steps; events cross over at the end of a step, all of them in
+    The event loop submits and cancels, one thread steps; events cross over at the end of a step, all in
     one call.
     """
 
