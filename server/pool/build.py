@@ -193,10 +193,10 @@ def _assemble(
     partial.mkdir(parents=True)
     base_path = _base_path(options, partial)
     for line in report.experts:
-        shutil.copytree(work / "experts" / line.id, partial / "experts" / line.id)
+        _copy_tree(work / "experts" / line.id, partial / "experts" / line.id)
     folder, hub_id = locate(encoder)
     if hub_id is None:
-        shutil.copytree(folder, partial / "router" / "encoder")
+        _copy_tree(folder, partial / "router" / "encoder")
     save_router(state, partial / "router", encoder_path=None if hub_id else "encoder")
     write_report(report, partial)
     manifest = Manifest(
@@ -227,6 +227,11 @@ def _assemble(
     partial.rename(out)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _copy_tree(source: Path, target: Path) -> None:
+    """Copy contents without modes: safetensors writes files for their owner alone, but a pool is served."""
+    shutil.copytree(source, target, copy_function=shutil.copyfile)
 
 
 def _base_path(options: BuildOptions, pool: Path) -> str:
