@@ -15,8 +15,7 @@ from loramux.server.errors import StartError
 
 SUB_APPS = {
     "pool": ("loramux.server.cli.pool", "Build, check and extend pools."),
-    "train": ("loramux.server.cli.train", "Train the base, experts and other adapters."),
-    "embedder": ("loramux.server.cli.embedder", "Train an embedder."),
+    "train": ("loramux.server.cli.train", "Train a base, an expert or an embedder."),
 }
 
 app = typer.Typer(
@@ -47,9 +46,6 @@ for _name, (_, _summary) in SUB_APPS.items():
 def main() -> None:
     """Run the command line; what the operator can mend is one line on stderr and exit code 1."""
     arguments = sys.argv[1:]
-    if arguments[:2] == ["train", "embedder"]:
-        # An embedder is trained, too; people look for it in both places.
-        arguments = arguments[1:]
     try:
         if arguments and arguments[0] in SUB_APPS:
             module = importlib.import_module(SUB_APPS[arguments[0]][0])

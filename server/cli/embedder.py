@@ -1,4 +1,4 @@
-"""`loramux embedder`: an embedder of one's own, trained on the rows of a pool."""
+"""`loramux train embedder`: an embedder of one's own, trained on the rows of a pool."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Train an embedder on JSONL rows.")
 
-
-@app.command()
 def embedder(
     data: Annotated[
         list[Path],

@@ -1,4 +1,4 @@
-"""`loramux train`: a base from scratch, or one expert on a base."""
+"""`loramux train`: a base from scratch, one expert on a base, or an embedder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Train a base or an expert on JSONL rows.", no_args_is_help=True)
+from loramux.server.cli.embedder import embedder
+
+app = typer.Typer(help="Train a base, an expert or an embedder on JSONL rows.", no_args_is_help=True)
+app.command()(embedder)
 
 Data = Annotated[
     list[Path],

@@ -1,10 +1,16 @@
 """What is documented is what there is."""
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 from prometheus_client import CollectorRegistry
+from typer.main import get_command
 
+from loramux.server.cli import app
+from loramux.server.cli.pool import app as pool_app
+from loramux.server.cli.train import app as train_app
 from loramux.server.engine.protocol import EngineStats
 from loramux.server.metrics import Metrics
 from loramux.server.settings import DEMO_POOL, setting_names
@@ -60,3 +66,25 @@ def test_every_metric_is_documented() -> None:
         re.findall(r"^\| `((?:loramux_|vllm:)[a-z0-9_]+)`", (DOCS / "metrics.md").read_text(), re.MULTILINE)
     )
     assert documented == names(metrics.registry)
+
+
+def documented_commands() -> list[list[str]]:
+    """Every `loramux …` command line of the README and the docs, in words."""
+    files = [DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))]
+    lines = [line.split("  #")[0] for file in files for line in file.read_text().splitlines()]
+    inline = [match for line in lines for match in re.findall(r"`(loramux [^`]+)`", line)]
+    alone = [line.strip() for line in lines if re.match(r"\s*loramux [a-z]", line)]
+    return [shlex.split(line) for line in [*alone, *inline] if "|" not in line]
+
+
+@pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
+def test_documented_commands_and_their_options_exist(words: list[str]) -> None:
+    groups = {"pool": pool_app, "train": train_app}
+    group, rest = (groups[words[1]], words[2:]) if words[1] in groups else (app, words[1:])
+    commands = get_command(group).commands  # type: ignore[attr-defined]
+    known = {option for parameter in commands[rest[0]].params for option in parameter.opts}
+    assert {word for word in rest if word.startswith("--")} <= known
+
+
+def test_the_readme_documents_commands() -> None:
+    assert len(documented_commands()) >= 8
