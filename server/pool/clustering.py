@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -95,17 +96,27 @@ def cluster(
             "labels": found.labels,
             "held_labels": (held_pairs @ centres.T).argmax(axis=1),
             "cohesion": np.array([found.cohesion]),
+            "terms": _terms(rows, found.labels, len(found.sizes)),
         }
         stages.save("clusters", inputs, arrays)
-    labels = arrays["labels"].astype(np.int64)
-    terms = top_terms([f"{user_text(row)} {row.output}" for row in rows], labels, int(labels.max()) + 1)
+    terms: list[list[str]] = json.loads(arrays["terms"].tobytes())
     return Clustering(
-        labels=labels,
+        labels=arrays["labels"].astype(np.int64),
         held_labels=arrays["held_labels"].astype(np.int64),
         ids=expert_ids(terms),
         terms=terms,
         cohesion=float(arrays["cohesion"][0]),
     )
+
+
+def _terms(rows: Sequence[Row], labels: Labels, k: int) -> npt.NDArray[np.uint8]:
+    """Top terms of each cluster as JSON bytes.
+
+    They are kept, because they name the experts of a resumed build, and equal scores may be ordered otherwise
+    in another process.
+    """
+    terms = top_terms([f"{user_text(row)} {row.output}" for row in rows], labels, k)
+    return np.frombuffer(json.dumps(terms).encode(), np.uint8)
 
 
 def expert_ids(terms: Sequence[Sequence[str]]) -> list[str]:

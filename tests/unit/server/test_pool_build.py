@@ -138,7 +138,7 @@ def test_a_killed_build_repeats_nothing_that_was_done(built, corpus, options, tm
     steps = []
     real_step = loop._step
     monkeypatch.setattr(loop, "_step", lambda *a: steps.append(1) or real_step(*a))
-    for name in ("train_embedder", "kmeans"):
+    for name in ("train_embedder", "kmeans", "top_terms"):
         monkeypatch.setattr(f"loramux.server.pool.clustering.{name}", lambda *a, **k: pytest.fail("repeated"))
     report = build_pool([corpus], out, options)
     assert report == expected
