@@ -118,7 +118,8 @@ def top_terms(texts: Sequence[str], labels: Labels, k: int, count: int = 8) -> l
     total: Counter[str] = Counter()
     for words in per_cluster:
         total.update(words)
-    vocabulary = [word for word, seen in total.items() if seen >= min(3, len(texts))]
+    # Sorted, so that words of equal score come in the same order in every process.
+    vocabulary = sorted(word for word, seen in total.items() if seen >= min(3, len(texts)))
     if not vocabulary:
         return [[] for _ in range(k)]
     table = np.array([[words[word] for word in vocabulary] for words in per_cluster], np.float64)
