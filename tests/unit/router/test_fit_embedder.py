@@ -94,14 +94,23 @@ def test_the_tokenizer_reads_any_string_whatever_its_case() -> None:
 def test_the_command_trains_from_jsonl_with_a_given_tokenizer(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from loramux.server.cli.embedder import app
+    from loramux.server.cli.train import app
 
     pairs, _ = topic_pairs(60, seed=25)
     rows = [{"instruction": text, "input": "", "output": output} for text, output in pairs]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     train_tokenizer([text for text, _ in pairs], 320).save(str(tmp_path / "tokenizer.json"))
     out = tmp_path / "encoder"
-    arguments = ["--data", str(tmp_path / "rows.jsonl"), "--out", str(out), "--dimension", "12", "--full"]
+    arguments = [
+        "embedder",
+        "--data",
+        str(tmp_path / "rows.jsonl"),
+        "--out",
+        str(out),
+        "--dimension",
+        "12",
+        "--full",
+    ]
     done = CliRunner().invoke(app, [*arguments, "--tokenizer", str(tmp_path / "tokenizer.json")])
     assert done.exit_code == 0, done.output
     assert "trained on 60 rows" in done.output

@@ -3,7 +3,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from tokenizers import decoders as tokenizer_decoders
@@ -30,6 +30,7 @@ def fed(tokens: list[int]) -> list[str]:
 
 @given(st.text())
 def test_tokens_one_at_a_time_give_the_text_back(text: str) -> None:
+    assume("<|" not in text)  # the name of a special token becomes that token, which stands for no text
     assert "".join(fed(ids_of(text))) == text
 
 
