@@ -271,7 +271,7 @@ def test_random_traffic_never_loses_a_row() -> None:
         residency = make("abcdefgh", rows=22, max_blends=8)
 
         async def client(number: int) -> None:
-            generator = torch.Generator().manual_seed(torch.seed() % 2**31 + number)
+            generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) + number)
             for _ in range(15):
                 names = {
                     "abcdefgh"[int(torch.randint(8, (1,), generator=generator))]
