@@ -1,7 +1,6 @@
 """The engine of this process: continuous batching over one base model, every request with its own blend."""
 
 import asyncio
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import suppress
@@ -60,13 +59,13 @@ class LocalEngine:
         self._eos_ids = frozenset(eos_ids)
         self._limits = limits = limits or EngineLimits()
         self._sequences: dict[str, Running] = {}
-        self._lock = threading.Lock()
         self._stats = EngineStats()
         self._closed: str | None = "the engine has not been started"
         self._step_started = 0.0
         self._chosen: list[tuple[Running, TokenScore]] = []
         self._outbox: list[tuple[Running, Event | EngineError]] = []
         self._plan_key: tuple[tuple[int, int], ...] = ()
+        self._plan_slots: list[tuple[GateSlot | None, int]] = []
         self._plan = Plan()
         self._batching = Batching(
             model,
