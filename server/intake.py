@@ -6,9 +6,10 @@ from loramux.server.catalog import Catalog, Kind
 from loramux.server.engine.protocol import Sampling
 from loramux.server.errors import RequestError
 from loramux.server.text.prompts import Prompts
-from loramux.server.wire.chat import ChatRequest, Message
+from loramux.server.wire.chat import ChatRequest
 from loramux.server.wire.completions import CompletionRequest
 from loramux.server.wire.generation import GenerationFields
+from loramux.server.wire.messages import Message
 
 COMPLETION_TOKENS = 16
 

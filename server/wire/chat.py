@@ -5,33 +5,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loramux.server.wire.generation import GenerationFields
-from loramux.server.wire.strict import StrictModel, at_most, field_error, limits_of, no_longer_than
-
-
-class Message(StrictModel):
-    """One turn; parts are joined into one text."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str
-
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
-        {"name", "tool_calls", "tool_call_id", "audio", "refusal"}
-    )
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _text(cls, value: object) -> object:
-        if not isinstance(value, list):
-            return value
-        texts: list[str] = []
-        for part in value:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind != "text":
-                raise ValueError(f"only parts of type text are supported, not {str(kind)[:40]!r}")
-            if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-                raise ValueError("a text part has exactly the fields type and text")
-            texts.append(part["text"])
-        return "".join(texts)
+from loramux.server.wire.messages import Messages
+from loramux.server.wire.strict import StrictModel, at_most, field_error, limits_of
 
 
 class ResponseFormat(StrictModel):
@@ -43,7 +18,7 @@ class ResponseFormat(StrictModel):
 class ChatRequest(GenerationFields):
     """An OpenAI chat request, with `lora` and `routing` as extensions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
@@ -57,11 +32,6 @@ class ChatRequest(GenerationFields):
             "verbosity", "web_search_options", "best_of", "echo", "suffix",
         }
     )  # fmt: skip
-
-    @field_validator("messages", mode="before")
-    @classmethod
-    def _messages(cls, value: object, info: ValidationInfo) -> object:
-        return no_longer_than(value, limits_of(info).max_messages)
 
     @field_validator("top_logprobs")
     @classmethod
