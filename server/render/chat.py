@@ -1,63 +1,27 @@
 """Chat answers."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
-from loramux.server.events import Closed, Delta, Opened
-from loramux.server.render.envelope import Body, Envelope, Events, fold, headers, usage
+from loramux.server.events import Delta, ScoredToken
+from loramux.server.render.renderer import Renderer, WholeChoice
 from loramux.server.text.scores import chat_entry
-from loramux.server.text.vocabulary import Vocabulary
 from loramux.server.wire.chat import chat_choice, chat_chunk_choice, chat_logprobs
 
 
-class ChatRenderer:
-    """Renders one request's events."""
+@dataclass(slots=True)
+class ChatRenderer(Renderer):
+    """The first chunk of a choice names the role."""
 
-    def __init__(self, envelope: Envelope, vocabulary: Vocabulary, *, logprobs: bool) -> None:
-        self._envelope = envelope
-        self._vocabulary = vocabulary
-        self._logprobs = logprobs
+    _spoken: set[int] = field(default_factory=set, init=False)
 
-    async def chunks(self, events: Events) -> AsyncGenerator[Body]:
-        """One body an event; the first has the `loramux` object, the role and no text."""
-        spoken: set[int] = set()
-        first: dict[str, str] = {}
-        async with aclosing(events) as items:
-            async for event in items:
-                match event:
-                    case Opened():
-                        first = headers(event)
-                        spoken.add(0)
-                        choice = chat_chunk_choice(0, text="", first=True, logprobs=None, finish_reason=None)
-                        yield self._envelope.chunk([choice], loramux=event.body()), first
-                    case Delta():
-                        silent = not event.text and not event.finish and not (event.tokens and self._logprobs)
-                        if not silent:
-                            yield (
-                                self._envelope.chunk([self._chunk_choice(event, event.index not in spoken)]),
-                                first,
-                            )
-                            spoken.add(event.index)
-                    case Closed() if self._envelope.usage:
-                        yield self._envelope.chunk([], usage=usage(event)), first
+    def entry(self, token: ScoredToken) -> dict[str, Any]:
+        return chat_entry(self.vocabulary, token)
 
-    async def whole(self, events: Events) -> Body:
-        """The same events, folded into one answer."""
-        folded = await fold(events, self._entries)
-        choices = [
-            chat_choice(
-                index,
-                text="".join(choice.text),
-                logprobs=chat_logprobs(choice.entries) if self._logprobs else None,
-                finish_reason=choice.finish,
-            )
-            for index, choice in sorted(folded.choices.items())
-        ]
-        return self._envelope.body(choices, **folded.extra), folded.headers
-
-    def _chunk_choice(self, delta: Delta, first: bool) -> dict[str, Any]:
-        entries = self._entries(delta)
+    def next_choice(self, delta: Delta) -> dict[str, Any]:
+        entries = self.entries(delta)
+        first = delta.index not in self._spoken
+        self._spoken.add(delta.index)
         return chat_chunk_choice(
             delta.index,
             text=delta.text if delta.text or not delta.finish else None,
@@ -66,5 +30,10 @@ class ChatRenderer:
             finish_reason=delta.finish,
         )
 
-    def _entries(self, delta: Delta) -> list[dict[str, Any]]:
-        return [chat_entry(self._vocabulary, token) for token in delta.tokens] if self._logprobs else []
+    def whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
+        return chat_choice(
+            index,
+            text="".join(choice.text),
+            logprobs=chat_logprobs(choice.entries) if self.logprobs else None,
+            finish_reason=choice.finish,
+        )

@@ -1,60 +1,28 @@
 """Completions answers."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
-from loramux.server.events import Closed, Delta, Opened
-from loramux.server.render.envelope import Body, Envelope, Events, fold, headers, usage
+from loramux.server.events import Delta, ScoredToken
+from loramux.server.render.renderer import Renderer, WholeChoice
 from loramux.server.text.scores import completion_entry
-from loramux.server.text.vocabulary import Vocabulary
 from loramux.server.wire.completions import completion_choice, completion_logprobs
 
 
-class CompletionRenderer:
-    """Renders one request's events."""
+@dataclass(slots=True)
+class CompletionRenderer(Renderer):
+    """Log-probabilities say where in the text of their choice each token stands."""
 
-    def __init__(self, envelope: Envelope, vocabulary: Vocabulary, *, logprobs: bool) -> None:
-        self._envelope = envelope
-        self._vocabulary = vocabulary
-        self._logprobs = logprobs
+    _offsets: Counter[int] = field(default_factory=Counter, init=False)
 
-    async def chunks(self, events: Events) -> AsyncGenerator[Body]:
-        """One body an event; the first has the `loramux` object and no text."""
-        offsets: dict[int, int] = {}
-        first: dict[str, str] = {}
-        async with aclosing(events) as items:
-            async for event in items:
-                match event:
-                    case Opened():
-                        first = headers(event)
-                        choice = completion_choice(0, text="", logprobs=None, finish_reason=None)
-                        yield self._envelope.chunk([choice], loramux=event.body()), first
-                    case Delta() if event.text or event.finish or (event.tokens and self._logprobs):
-                        offset = offsets.get(event.index, 0)
-                        yield self._envelope.chunk([self._chunk_choice(event, offset)]), first
-                        offsets[event.index] = offset + _length(event)
-                    case Delta():
-                        offsets[event.index] = offsets.get(event.index, 0) + _length(event)
-                    case Closed() if self._envelope.usage:
-                        yield self._envelope.chunk([], usage=usage(event)), first
+    def entry(self, token: ScoredToken) -> dict[str, Any]:
+        return completion_entry(self.vocabulary, token)
 
-    async def whole(self, events: Events) -> Body:
-        """The same events, folded into one answer."""
-        folded = await fold(events, self._entries)
-        choices = [
-            completion_choice(
-                index,
-                text="".join(choice.text),
-                logprobs=completion_logprobs(choice.entries, 0) if self._logprobs else None,
-                finish_reason=choice.finish,
-            )
-            for index, choice in sorted(folded.choices.items())
-        ]
-        return self._envelope.body(choices, **folded.extra), folded.headers
-
-    def _chunk_choice(self, delta: Delta, offset: int) -> dict[str, Any]:
-        entries = self._entries(delta)
+    def next_choice(self, delta: Delta) -> dict[str, Any]:
+        entries = self.entries(delta)
+        offset = self._offsets[delta.index]
+        self._offsets[delta.index] += _length(delta)
         return completion_choice(
             delta.index,
             text=delta.text,
@@ -62,8 +30,13 @@ class CompletionRenderer:
             finish_reason=delta.finish,
         )
 
-    def _entries(self, delta: Delta) -> list[dict[str, Any]]:
-        return [completion_entry(self._vocabulary, token) for token in delta.tokens] if self._logprobs else []
+    def whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
+        return completion_choice(
+            index,
+            text="".join(choice.text),
+            logprobs=completion_logprobs(choice.entries, 0) if self.logprobs else None,
+            finish_reason=choice.finish,
+        )
 
 
 def _length(delta: Delta) -> int:

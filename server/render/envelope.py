@@ -2,13 +2,12 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from loramux.server.edge.answer import EXPERTS_HEADER
-from loramux.server.events import Closed, Delta, Event, Opened
+from loramux.server.events import Closed, Event, Opened
 
 Body = tuple[Mapping[str, Any], Mapping[str, str]]
 Events = AsyncGenerator[Event]
@@ -43,43 +42,6 @@ class Envelope:
         if self.usage:
             extra.setdefault("usage", None)
         return self.body(choices, **extra)
-
-
-@dataclass(slots=True)
-class FoldedChoice:
-    """One choice, put together."""
-
-    text: list[str] = field(default_factory=list)
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    finish: str | None = None
-
-
-@dataclass(slots=True)
-class Folded:
-    """A stream, put together: choices by index, the body's other fields, the headers."""
-
-    choices: dict[int, FoldedChoice] = field(default_factory=dict)
-    extra: dict[str, Any] = field(default_factory=dict)
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-async def fold(events: Events, entries_of: Callable[[Delta], list[dict[str, Any]]]) -> Folded:
-    """Consume `events` to their end; `entries_of` gives the log-probability entries of a delta."""
-    folded = Folded()
-    async with aclosing(events) as items:
-        async for event in items:
-            match event:
-                case Opened():
-                    folded.headers = headers(event)
-                    folded.extra["loramux"] = event.body()
-                case Delta():
-                    choice = folded.choices.setdefault(event.index, FoldedChoice())
-                    choice.text.append(event.text)
-                    choice.entries += entries_of(event)
-                    choice.finish = event.finish or choice.finish
-                case Closed():
-                    folded.extra["usage"] = usage(event)
-    return folded
 
 
 def usage(closed: Closed) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""How a request's events become its answer, streamed or whole."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+from loramux.server.events import Closed, Delta, Opened, ScoredToken
+from loramux.server.render.envelope import Body, Envelope, Events, headers, usage
+from loramux.server.text.vocabulary import Vocabulary
+
+
+@dataclass(slots=True)
+class WholeChoice:
+    """One choice, put together."""
+
+    text: list[str] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    finish: str | None = None
+
+
+@dataclass(slots=True)
+class Renderer(ABC):
+    """Renders one request's events; a subclass knows what a choice looks like."""
+
+    envelope: Envelope
+    vocabulary: Vocabulary
+    _: KW_ONLY
+    logprobs: bool
+
+    async def chunks(self, events: Events) -> AsyncGenerator[Body]:
+        """One body an event; the first has the `loramux` object and no text."""
+        first: dict[str, str] = {}
+        async with aclosing(events) as items:
+            async for event in items:
+                match event:
+                    case Opened():
+                        first = headers(event)
+                        yield self.envelope.chunk([self.next_choice(Delta(0))], loramux=event.body()), first
+                    case Delta() if event.text or event.finish or (event.tokens and self.logprobs):
+                        yield self.envelope.chunk([self.next_choice(event)]), first
+                    case Closed() if self.envelope.usage:
+                        yield self.envelope.chunk([], usage=usage(event)), first
+
+    async def whole(self, events: Events) -> Body:
+        """The same events, folded into one answer."""
+        choices: dict[int, WholeChoice] = {}
+        extra: dict[str, Any] = {}
+        first: dict[str, str] = {}
+        async with aclosing(events) as items:
+            async for event in items:
+                match event:
+                    case Opened():
+                        first = headers(event)
+                        extra["loramux"] = event.body()
+                    case Delta():
+                        choice = choices.setdefault(event.index, WholeChoice())
+                        choice.text.append(event.text)
+                        choice.entries += self.entries(event)
+                        choice.finish = event.finish or choice.finish
+                    case Closed():
+                        extra["usage"] = usage(event)
+        bodies = [self.whole_choice(index, choice) for index, choice in sorted(choices.items())]
+        return self.envelope.body(bodies, **extra), first
+
+    def entries(self, delta: Delta) -> list[dict[str, Any]]:
+        """The log-probability entries of a delta; none unless asked for."""
+        return [self.entry(token) for token in delta.tokens] if self.logprobs else []
+
+    @abstractmethod
+    def entry(self, token: ScoredToken) -> dict[str, Any]:
+        """One log-probability entry."""
+
+    @abstractmethod
+    def next_choice(self, delta: Delta) -> dict[str, Any]:
+        """One choice of the next chunk. Called once for each delta, in their order."""
+
+    @abstractmethod
+    def whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
+        """One choice of the whole answer."""
