@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loramux.adapters.lora import LoraAdapter
+from loramux.adapters.base_shapes import BaseShapes
+from loramux.adapters.lora import LoraAdapter, LoraPair
 
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+A0 = f"{Q0}.lora_A.weight"
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -33,6 +36,18 @@ def small_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
+BASE = BaseShapes.from_model(small_llama(), "tiny")
+
+
+def small_adapter(name: str, rank: int = 4, modules: Sequence[str] = tuple(BASE.modules)) -> LoraAdapter:
+    """An adapter of `small_llama` with another scale on every module."""
+    pairs = {}
+    for i, module in enumerate(modules):
+        n_out, n_in = BASE.modules[module]
+        pairs[module] = LoraPair(torch.randn(rank, n_in), torch.randn(n_out, rank), 0.3 + 0.1 * i)
+    return LoraAdapter(name, f"hash {name}", pairs)
+
+
 def lora_config(**fields: Any) -> LoraConfig:
     """A LoRA whose B is random instead of zero."""
     chosen = {"r": 4, "lora_alpha": 6, "target_modules": list(SEVEN), "task_type": "CAUSAL_LM"}
@@ -47,11 +62,15 @@ def save_peft(directory: Path, model: LlamaForCausalLM | None = None, **fields: 
     """
     wrapped = get_peft_model(model or small_llama(), lora_config(**fields))
     wrapped.save_pretrained(directory)
+    return _deltas(wrapped, "default")
+
+
+def _deltas(wrapped: Any, name: str) -> dict[str, Tensor]:
     deltas = {}
     for path, layer in wrapped.base_model.model.named_modules():
-        if isinstance(layer, LoraLayer):
-            a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
-            deltas[path] = (layer.scaling["default"] * (b @ a)).detach()
+        if isinstance(layer, LoraLayer) and name in layer.scaling:
+            a, b = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+            deltas[path] = (layer.scaling[name] * (b @ a)).detach()
     return deltas
 
 
@@ -87,12 +106,7 @@ def peft_merge(
     wrapped.add_weighted_adapter(
         names, [weights[name] for name in names], "merged", combination_type=method, **options
     )
-    deltas = {}
-    for path, layer in wrapped.base_model.model.named_modules():
-        if isinstance(layer, LoraLayer) and "merged" in layer.scaling:
-            a, b = layer.lora_A["merged"].weight.double(), layer.lora_B["merged"].weight.double()
-            deltas[path] = (layer.scaling["merged"] * (b @ a)).detach()
-    return deltas
+    return _deltas(wrapped, "merged")
 
 
 def distance(adapter: LoraAdapter, deltas: Mapping[str, Tensor]) -> float:

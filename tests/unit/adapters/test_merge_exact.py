@@ -7,17 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.blend import METHOD_OPTIONS
 from loramux.adapters.errors import BlendError
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.merge import merge
 from loramux.adapters.peft_format import read_lora
-from tests.peft_kit import distance, peft_merge, save_peft, small_llama, weighted_sum
+from tests.peft_kit import BASE, distance, peft_merge, save_peft, weighted_sum
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-BASE = BaseShapes.from_model(small_llama(), "tiny")
 CONFIGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rslora": {"use_rslora": True, "r": 9, "lora_alpha": 5},

@@ -1,32 +1,21 @@
 """The methods that merge A's and B's apart: PEFT's numbers on plain LoRA, our rules where PEFT has none."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import BlendError
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.merge import merge
 from loramux.adapters.peft_format import read_lora
-from tests.peft_kit import distance, peft_merge, save_peft, small_llama, weighted_sum
+from tests.peft_kit import BASE, distance, peft_merge, save_peft, small_adapter, weighted_sum
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-BASE = BaseShapes.from_model(small_llama(), "tiny")
 METHODS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-
-
-def adapter(name: str, rank: int = 4, modules: Sequence[str] = tuple(BASE.modules)) -> LoraAdapter:
-    pairs = {}
-    for i, module in enumerate(modules):
-        n_out, n_in = BASE.modules[module]
-        pairs[module] = LoraPair(torch.randn(rank, n_in), torch.randn(n_out, rank), 0.3 + 0.1 * i)
-    return LoraAdapter(name, f"hash {name}", pairs)
 
 
 @pytest.mark.parametrize("weights", [(0.6, 0.3, 0.1), (1.4, -0.8, 0.5)], ids=["positive", "with a negative"])
@@ -50,13 +39,13 @@ def test_peft_agrees(tmp_path: Path, method: str, density: float | None, weights
 
 @pytest.mark.parametrize(("dare", "plain"), [("dare_linear", "linear"), ("dare_ties", "ties")])
 def test_dare_that_drops_nothing_is_the_plain_method(dare: str, plain: str) -> None:
-    parts = [(adapter("a"), 0.6), (adapter("b"), -0.3)]
+    parts = [(small_adapter("a"), 0.6), (small_adapter("b"), -0.3)]
     one, other = merge(parts, dare, density=1.0), merge(parts, plain, density=1.0)
     assert all(torch.equal(one.adapter.delta(m), other.adapter.delta(m)) for m in BASE.modules)
 
 
 def test_dare_masks_depend_on_seed_content_and_module_only() -> None:
-    a, b, c = adapter("a"), adapter("b"), adapter("c", modules=list(BASE.modules)[:5])
+    a, b, c = small_adapter("a"), small_adapter("b"), small_adapter("c", modules=list(BASE.modules)[:5])
     first = merge([(a, 0.6), (b, 0.3)], "dare_linear", density=0.5, seed=7).adapter
     again = merge([(a, 0.6), (b, 0.3)], "dare_linear", density=0.5, seed=7).adapter
     swapped = merge([(b, 0.3), (a, 0.6)], "dare_linear", density=0.5, seed=7).adapter
@@ -89,7 +78,11 @@ def test_dare_keeps_the_asked_for_share_and_the_mean() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_reported_error_is_the_dense_one(method: str) -> None:
-    parts = [(adapter("a"), 0.6), (adapter("b"), -0.3), (adapter("c", modules=list(BASE.modules)[::3]), 0.2)]
+    parts = [
+        (small_adapter("a"), 0.6),
+        (small_adapter("b"), -0.3),
+        (small_adapter("c", modules=list(BASE.modules)[::3]), 0.2),
+    ]
     merged = merge(parts, method, density=0.5)
     wanted = weighted_sum([({m: part.delta(m) for m in part.pairs}, weight) for part, weight in parts])
     assert merged.relative_error == pytest.approx(distance(merged.adapter, wanted), rel=1e-5)
@@ -98,7 +91,7 @@ def test_the_reported_error_is_the_dense_one(method: str) -> None:
 
 def test_linear_without_cross_terms_is_exact_and_says_so() -> None:
     """Factors with disjoint rank rows have no cross terms: the measure must then come out near zero."""
-    a, b = adapter("a"), adapter("b")
+    a, b = small_adapter("a"), small_adapter("b")
     top, bottom = torch.tensor([1.0, 1, 0, 0]), torch.tensor([0.0, 0, 1, 1])
     apart = [
         LoraAdapter(
@@ -136,15 +129,15 @@ def test_pruning_keeps_entries_that_tie() -> None:
 
 
 def test_a_density_that_keeps_no_entry_gives_zero() -> None:
-    a = adapter("a", rank=1)
-    merged = merge([(a, 1.0), (adapter("b", rank=1), 1.0)], "magnitude_prune", density=0.01)
+    a = small_adapter("a", rank=1)
+    merged = merge([(a, 1.0), (small_adapter("b", rank=1), 1.0)], "magnitude_prune", density=0.01)
     assert not merged.adapter.delta(next(iter(BASE.modules))).any()
     assert merged.relative_error == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_mixed_ranks_are_refused_by_module(method: str) -> None:
-    parts = [(adapter("a", 4), 0.5), (adapter("b", 3), 0.5)]
+    parts = [(small_adapter("a", 4), 0.5), (small_adapter("b", 3), 0.5)]
     with pytest.raises(
         BlendError, match=r"proj: adapters of different rank \(a: 4, b: 3\).*'exact' or 'svd'"
     ):
@@ -155,7 +148,9 @@ def test_mixed_ranks_are_refused_by_module(method: str) -> None:
 def test_half_precision_is_computed_in_float32(method: str) -> None:
     half, full = [], []
     for name, weight in (("a", 0.6), ("b", 0.3)):
-        pairs = {m: LoraPair(p.a.bfloat16(), p.b.bfloat16(), p.scale) for m, p in adapter(name).pairs.items()}
+        pairs = {
+            m: LoraPair(p.a.bfloat16(), p.b.bfloat16(), p.scale) for m, p in small_adapter(name).pairs.items()
+        }
         wide = {m: LoraPair(p.a.float(), p.b.float(), p.scale) for m, p in pairs.items()}
         half.append((LoraAdapter(name, name, pairs), weight))
         full.append((LoraAdapter(name, name, wide), weight))
@@ -167,7 +162,7 @@ def test_half_precision_is_computed_in_float32(method: str) -> None:
 
 
 def test_compute_dtype_can_be_float64() -> None:
-    parts = [(adapter("a"), 0.6), (adapter("b"), 0.3)]
+    parts = [(small_adapter("a"), 0.6), (small_adapter("b"), 0.3)]
     for method in METHODS:
         one = merge(parts, method, compute_dtype=torch.float64).adapter
         other = merge(parts, method).adapter

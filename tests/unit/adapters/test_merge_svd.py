@@ -7,24 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.merge import merge
 from loramux.adapters.peft_format import read_lora
-from tests.peft_kit import distance, peft_merge, save_peft, small_llama, weighted_sum
+from tests.peft_kit import BASE, distance, peft_merge, save_peft, small_adapter, weighted_sum
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-BASE = BaseShapes.from_model(small_llama(), "tiny")
 Parts = Sequence[tuple[LoraAdapter, float]]
-
-
-def adapter(name: str, rank: int = 4, modules: Sequence[str] = tuple(BASE.modules)) -> LoraAdapter:
-    pairs = {}
-    for i, module in enumerate(modules):
-        n_out, n_in = BASE.modules[module]
-        pairs[module] = LoraPair(torch.randn(rank, n_in), torch.randn(n_out, rank), 0.3 + 0.1 * i)
-    return LoraAdapter(name, f"hash {name}", pairs)
 
 
 def exact_sum(parts: Parts) -> dict[str, Tensor]:
@@ -44,7 +34,7 @@ def best(deltas: Mapping[str, Tensor], rank: int) -> tuple[dict[str, Tensor], fl
 
 @pytest.mark.parametrize("rank", [1, 3, 4, 9, 11])
 def test_it_is_the_dense_truncation(rank: int) -> None:
-    parts = [(adapter("a"), 0.6), (adapter("b"), -0.3), (adapter("c"), 0.9)]
+    parts = [(small_adapter("a"), 0.6), (small_adapter("b"), -0.3), (small_adapter("c"), 0.9)]
     merged = merge(parts, "svd", rank=rank)
     wanted, error = best(exact_sum(parts), rank)
     assert merged.rank == rank
@@ -62,11 +52,11 @@ def test_peft_svd_agrees_on_plain_lora(tmp_path: Path) -> None:
 
 
 def test_the_default_rank_is_the_largest_of_the_parts() -> None:
-    assert merge([(adapter("a", 2), 1.0), (adapter("b", 5), 1.0)], "svd").rank == 5
+    assert merge([(small_adapter("a", 2), 1.0), (small_adapter("b", 5), 1.0)], "svd").rank == 5
 
 
 def test_enough_rank_loses_nothing() -> None:
-    parts = [(adapter("a", 2), 0.6), (adapter("b", 5), -0.3)]
+    parts = [(small_adapter("a", 2), 0.6), (small_adapter("b", 5), -0.3)]
     merged = merge(parts, "svd", rank=7)
     assert distance(merged.adapter, exact_sum(parts)) < 1e-7
     assert merged.relative_error < 1e-6
@@ -75,7 +65,7 @@ def test_enough_rank_loses_nothing() -> None:
 
 def test_modules_that_fit_the_rank_stay_exact() -> None:
     modules = list(BASE.modules)
-    parts = [(adapter("a", 4), 0.6), (adapter("b", 4, modules[:3]), -0.3)]
+    parts = [(small_adapter("a", 4), 0.6), (small_adapter("b", 4, modules[:3]), -0.3)]
     merged = merge(parts, "svd").adapter
     wanted = exact_sum(parts)
     truncated, _ = best(wanted, 4)
@@ -83,7 +73,7 @@ def test_modules_that_fit_the_rank_stay_exact() -> None:
 
 
 def test_one_adapter_can_be_compressed() -> None:
-    parts = [(adapter("a", 6), -1.5)]
+    parts = [(small_adapter("a", 6), -1.5)]
     wanted, error = best(exact_sum(parts), 2)
     merged = merge(parts, "svd", rank=2)
     assert distance(merged.adapter, wanted) < 1e-6
@@ -92,7 +82,7 @@ def test_one_adapter_can_be_compressed() -> None:
 
 def test_mixed_scales_and_large_ranges() -> None:
     """The norm of a delta may sit in A or in B; the result must not depend on which."""
-    a, b = adapter("a"), adapter("b")
+    a, b = small_adapter("a"), small_adapter("b")
     skewed = {m: LoraPair(p.a * 1e-6, p.b * 1e6, p.scale) for m, p in b.pairs.items()}
     parts = [(a, 0.6), (LoraAdapter("b", "b", skewed), -0.3)]
     wanted, _ = best(exact_sum(parts), 4)
@@ -104,7 +94,7 @@ def test_mixed_scales_and_large_ranges() -> None:
 
 def _twins(gap: float) -> Parts:
     """Two adapters whose A's differ by `gap`, as those trained from one initial A do."""
-    a = adapter("a")
+    a = small_adapter("a")
     moved = {
         m: LoraPair(p.a + gap * torch.randn_like(p.a), torch.randn_like(p.b), p.scale)
         for m, p in a.pairs.items()
@@ -123,7 +113,7 @@ def test_nearly_dependent_rows_are_handled(gap: float) -> None:
 
 def test_rank_deficient_and_empty_modules() -> None:
     """Zero rows, zero modules and sums of lower rank than asked for."""
-    a, b = adapter("a"), adapter("b")
+    a, b = small_adapter("a"), small_adapter("b")
     modules = list(a.pairs)
     pairs = dict(b.pairs)
     pairs[modules[0]] = LoraPair(pairs[modules[0]].a * 0, pairs[modules[0]].b, 1.0)
@@ -139,7 +129,7 @@ def test_rank_deficient_and_empty_modules() -> None:
 
 
 def test_a_sum_of_zero_stays_zero() -> None:
-    a = adapter("a")
+    a = small_adapter("a")
     merged = merge([(a, 0.5), (a, -0.5)], "svd", rank=3)
     size = max(float(a.delta(m).norm()) for m in a.pairs)
     assert max(float(merged.adapter.delta(m).norm()) for m in a.pairs) < 1e-6 * size
@@ -148,7 +138,9 @@ def test_a_sum_of_zero_stays_zero() -> None:
 def test_the_error_counts_rounding_to_the_storage_type() -> None:
     parts = []
     for name, weight in (("a", 0.6), ("b", 0.3)):
-        half = {m: LoraPair(p.a.bfloat16(), p.b.bfloat16(), p.scale) for m, p in adapter(name).pairs.items()}
+        half = {
+            m: LoraPair(p.a.bfloat16(), p.b.bfloat16(), p.scale) for m, p in small_adapter(name).pairs.items()
+        }
         parts.append((LoraAdapter(name, name, half), weight))
     merged = merge(parts, "svd", rank=7)
     assert merged.adapter.dtype == torch.bfloat16
