@@ -7,14 +7,11 @@ from typing import Annotated
 
 import typer
 
+from loramux.server.cli.rows import Rows
+
 
 def embedder(
-    data: Annotated[
-        list[Path],
-        typer.Option(
-            help="JSONL file, or a folder of them (*.train.jsonl only, where there are such). Repeatable."
-        ),
-    ],
+    data: Rows,
     out: Annotated[Path, typer.Option(help="Directory to write, in the layout of sentence-transformers.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="A tokenizer.json to use; unset: a BPE trained on the rows.")

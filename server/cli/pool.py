@@ -7,18 +7,16 @@ from typing import Annotated
 
 import typer
 
+from loramux.server.cli.rows import Rows
+
 app = typer.Typer(help="Build, check and extend pools.", no_args_is_help=True)
 
 Pool = Annotated[Path, typer.Argument(help="Pool directory.")]
-Data = Annotated[
-    list[Path],
-    typer.Option(help="JSONL file or folder of them (*.train.jsonl only, where there are such). Repeatable."),
-]
 
 
 @app.command()
 def build(
-    data: Data,
+    data: Rows,
     out: Annotated[Path, typer.Option(help="Pool directory to write; OUT.work keeps finished stages.")],
     base: Annotated[str, typer.Option(help="Base directory, or a hub id in the local cache.")],
     base_id: Annotated[str | None, typer.Option(help="The base's name in the pool; unset: its own.")] = None,
@@ -94,7 +92,7 @@ def add(
     pool: Pool,
     adapter: Annotated[Path, typer.Argument(help="PEFT LoRA directory.")],
     id: Annotated[str, typer.Option(help="Name of the expert: a lower-case slug.")],
-    data: Data,
+    data: Rows,
     description: Annotated[str, typer.Option(help="One line for people.")] = "",
     any_base: Annotated[bool, typer.Option(help="Accept an adapter that names another base.")] = False,
 ) -> None:

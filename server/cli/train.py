@@ -8,22 +8,17 @@ from typing import Annotated
 import typer
 
 from loramux.server.cli.embedder import embedder
+from loramux.server.cli.rows import Rows
 
 app = typer.Typer(help="Train a base, an expert or an embedder on JSONL rows.", no_args_is_help=True)
 app.command()(embedder)
 
-Data = Annotated[
-    list[Path],
-    typer.Option(
-        help="JSONL file, or a folder of them (*.train.jsonl only, where there are such). Repeatable."
-    ),
-]
 Out = Annotated[Path, typer.Option(help="Directory to write.")]
 
 
 @app.command()
 def base(
-    data: Data,
+    data: Rows,
     out: Out,
     minutes: Annotated[float | None, typer.Option(min=0.01, help="Wall-clock limit of the training.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Limit in optimiser steps.")] = None,
@@ -56,7 +51,7 @@ def base(
 
 @app.command()
 def expert(
-    data: Data,
+    data: Rows,
     out: Out,
     base: Annotated[str, typer.Option(help="Base directory, or a hub id in the local cache.")],
     base_id: Annotated[str | None, typer.Option(help="Name of the base to write; unset: --base.")] = None,
