@@ -1,0 +1,177 @@
+"""The benchmark suite runs, on a shape that takes seconds; what it would time is checked first."""
+
+import asyncio
+import importlib
+import json
+import math
+import runpy
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "benchmarks" / "run.py"
+
+runpy.run_path(str(RUN))["add_package"]("benchmarks")
+
+#: Lines that documents and plots name.
+PROMISED = {
+    "cold_start": ["process start to /ready", "memory of the process, demo pool"],
+    "route": ["idle, 16 callers: p95", "under load, 16 callers: p95", "idle: share of time to first token"],
+    "cache_hits": [
+        "calibrated temperature, grid 0.01: hits",
+        "5 x softer temperature, grid 0.25: hits",
+    ],
+    "merge": [
+        "exact, float32: PEFT cat / ours",
+        "exact, bfloat16: PEFT cat / ours",
+        "svd, float32: PEFT svd / ours",
+        "ties, float32: PEFT ties / ours",
+    ],
+    "decode": ["1 request, 1 blend: of base", "16 requests, 8 blends: of base"],
+    "traffic": ["16 requests, identical: of base", "32 requests, distinct: of base", "32 requests, zipf"],
+    "prefill": ["1 x 256 tokens, 1 blends: of base", "16 x 32 tokens, 8 blends: of base"],
+    "base_only": ["1 request: with, of without a pool", "16 requests: with, of without a pool"],
+    "first_token": ["new exact blend, experts not resident: over cached", "new svd blend: over cached"],
+    "streams": [
+        "new exact blends, experts not resident: p99, of none",
+        "new svd blends, merged: p99, of none",
+    ],
+    "memory": ["one expert: copied", "another exact blend of the same three: copied"],
+    "floor": ["memory, reading", "1 request, base: of the floor"],
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RUN), *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What one run of everything said and saved."""
+
+    stdout: str
+    saved: Path
+
+    @property
+    def found(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
+        return found
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    saved = tmp_path_factory.mktemp("results")
+    done = run("--shape", "tiny", "--repeats", "1", "--save", str(saved))
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Suite(done.stdout, saved)
+
+
+def test_every_scenario_is_promised_something(suite: Suite) -> None:
+    assert set(suite.found["scenarios"]) == set(PROMISED)
+
+
+@pytest.mark.parametrize("scenario", PROMISED)
+def test_a_scenario_gives_its_lines(suite: Suite, scenario: str) -> None:
+    lines = suite.found["scenarios"][scenario]["lines"]
+    assert set(PROMISED[scenario]) <= set(lines)
+    assert all(math.isfinite(line["median"]) for line in lines.values())
+
+
+def test_the_last_line_is_what_is_saved_with_machine_and_versions(suite: Suite) -> None:
+    assert json.loads((suite.saved / "cpu-tiny.json").read_text()) == suite.found
+    assert suite.found["machine"]["processor"]
+    assert suite.found["machine"]["cores"] >= 1
+    assert {"python", "torch", "transformers", "peft"} <= set(suite.found["versions"])
+
+
+def test_every_line_is_in_the_table_for_people(suite: Suite) -> None:
+    for scenario, result in suite.found["scenarios"].items():
+        assert scenario in suite.stdout
+        for what in result["lines"]:
+            assert what in suite.stdout
+
+
+def test_an_exact_blend_of_resident_experts_copies_nothing(suite: Suite) -> None:
+    lines = suite.found["scenarios"]["memory"]["lines"]
+    assert lines["another exact blend of the same three: copied"]["median"] == 0
+    assert lines["their svd blend: copied"]["median"] == lines["one expert: copied"]["median"] > 0
+
+
+def test_a_coarser_grid_hits_more_often(suite: Suite) -> None:
+    lines = suite.found["scenarios"]["cache_hits"]["lines"]
+    hits = [line["median"] for what, line in lines.items() if what.startswith("calibrated")]
+    assert hits == sorted(hits)
+    assert 0 < hits[0] < hits[-1] < 1
+
+
+def test_the_plot_is_drawn_with_every_ratio(suite: Suite) -> None:
+    drawing = (suite.saved / "cpu-tiny.svg").read_text()
+    ElementTree.fromstring(drawing)  # noqa: S314 - it is ours
+    assert "16 requests, 8 blends" in drawing
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_its_part_is_skipped_with_a_reason() -> None:
+    done = run("--device", "cuda")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no CUDA GPU" in done.stderr
+
+
+def test_a_scenario_of_the_other_device_is_refused() -> None:
+    done = run("--only", "decode_nf4")
+    assert done.returncode == 2
+    assert "decode_nf4" in done.stderr
+
+
+def test_nothing_is_timed_when_the_engine_is_wrong(tmp_path: Path) -> None:
+    oracle, rig, shapes = (importlib.import_module(f"benchmarks.{n}") for n in ("oracle", "rig", "shapes"))
+    shape = shapes.Shape("small", 256, 512, 2, 4)
+    served, other = tmp_path / "served", tmp_path / "other"
+    for folder, layers in ((served, 2), (other, 3)):
+        folder.mkdir()
+        shapes.write_base(shapes.Shape("small", 256, 512, layers, 4), folder, torch.float32)
+
+    async def check() -> None:
+        async with rig.running(served, shape) as running:
+            await oracle.check(running, served)
+            with pytest.raises(oracle.Wrong, match="dense sum differ"):
+                await oracle.check(running, other)
+
+    asyncio.run(check())
+
+
+def test_mixtures_differ() -> None:
+    steps = importlib.import_module("benchmarks.rig").STEPS
+    mixtures = {frozenset([n % 8, *((n + s) % 8 for s in steps[n // 8])]) for n in range(32)}
+    assert len(mixtures) == 32
+    assert {len(mixture) for mixture in mixtures} == {3}
+
+
+def test_the_prompt_stream_never_repeats_and_is_the_same_every_time() -> None:
+    stream = importlib.import_module("benchmarks.prompts").stream
+    assert len(set(stream(2000))) == 2000
+    assert stream(50) == stream(50) != stream(50, seed=1)
+
+
+def test_ratios_are_of_neighbours_and_percentiles_of_values() -> None:
+    report, latency = (importlib.import_module(f"benchmarks.{name}") for name in ("report", "latency"))
+    assert report.ratios([1.0, 8.0], [2.0, 4.0]) == [0.5, 2.0]
+    assert [latency.percentile([3.0, 1.0, 2.0, 4.0], p) for p in (0, 25, 50, 99, 100)] == [1, 1, 2, 4, 4]
+
+
+def test_a_goal_is_met_from_its_own_side() -> None:
+    report = importlib.import_module("benchmarks.report")
+    assert [report.at_least(0.9).met(value) for value in (0.89, 0.9, 1.0)] == [False, True, True]
+    assert [report.at_most(15).met(value) for value in (14.0, 15.0, 15.1)] == [True, True, False]
+    line = report.Line("x", (3.0, 1.0, 2.0), "ms", report.at_most(1.5))
+    assert line.json() == {
+        "median": 2.0, "unit": "ms", "low": 1.0, "high": 3.0, "repeats": 3, "goal": "≤ 1.5", "met": False,
+    }  # fmt: skip
