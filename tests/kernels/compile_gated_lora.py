@@ -1,0 +1,79 @@
+"""Compile the Triton kernels for CUDA devices that this machine need not have, down to machine code.
+
+Prints the most shared memory that any of them takes, in bytes.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from loramux.kernels.gated_lora.slots import SlotTable
+from loramux.kernels.gated_lora.triton import BlockGate, Launch, expand_launch, parts_of, shrink_launch
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+#: (arch, dtype, tokens, rank, in and out, gate)
+VARIANTS: list[tuple[int, torch.dtype, int, int, int, str]] = [
+    (80, torch.bfloat16, 32, 16, 4096, "none"),
+    (80, torch.bfloat16, 2048, 64, 4096, "none"),
+    (80, torch.float16, 32, 200, 1, "block"),
+    (80, torch.float32, 2048, 64, 129, "row"),
+    (90, torch.bfloat16, 32, 64, 4096, "row"),
+    (90, torch.bfloat16, 2048, 64, 4096, "block"),
+]
+
+
+def compile_for(arch: int, launch: Launch) -> Any:
+    """As a launch would, with the same facts about arguments: aligned, a multiple of 16, equal to 1."""
+    signature: dict[str, str] = {}
+    constants = dict(launch.constants)
+    facts = {}
+    for i, name in enumerate(launch.kernel.arg_names):
+        value = launch.arguments.get(name)
+        if name in launch.constants:
+            signature[name] = "constexpr"
+            continue
+        if isinstance(value, torch.Tensor):
+            signature[name], number = TYPES[value.dtype], value.data_ptr()
+        else:
+            signature[name], number = "i32", value
+            if name == "tokens":
+                continue
+            if number == 1:
+                signature[name], constants[name] = "constexpr", 1
+                continue
+        if number % 16 == 0:
+            facts[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, facts)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def main() -> None:
+    shared = []
+    for (arch, dtype, tokens, rank, size, kind), modules in zip(
+        VARIANTS, itertools.cycle([1, 3]), strict=False
+    ):
+        table = SlotTable(tokens, 16, rank, 64)
+        x = torch.empty(tokens, size, dtype=dtype)
+        factor = torch.empty(64, size, dtype=dtype)
+        hidden = torch.empty(modules, parts_of(table, modules, size), tokens, rank)
+        gates = {
+            "none": None,
+            "row": torch.empty(tokens, rank),
+            "block": BlockGate(torch.empty(tokens, 5), torch.empty(16, rank, dtype=torch.int32)),
+        }
+        for launch in [
+            shrink_launch(hidden, x, [factor] * modules, table),
+            expand_launch(x, hidden[0], factor, table, gates[kind]),
+        ]:
+            compiled = compile_for(arch, launch)
+            assert compiled.asm["cubin"]
+            shared.append(compiled.metadata.shared)
+    print(max(shared))
+
+
+if __name__ == "__main__":
+    main()
