@@ -8,17 +8,21 @@ from torch import Tensor, nn
 
 from loramux.adapters.arena import Arena
 from loramux.adapters.errors import BaseMismatchError
-from loramux.kernels.gated_lora import BoundRun, Plan, bind, gated_lora_
+from loramux.kernels.gated_lora import Bound, Form, Plan, choose_form
 
 BARE = Plan()
 
 
 class AdapterLayers:
-    """Puts a gated layer around every linear module the arena has rows for; one plan drives them all."""
+    """Puts a gated layer around every linear module the arena has rows for; one plan drives them all.
 
-    def __init__(self, model: nn.Module, arena: Arena) -> None:
+    `form` computes what they add; by default the fastest one for the arena's device and dtype.
+    """
+
+    def __init__(self, model: nn.Module, arena: Arena, form: Form | None = None) -> None:
         self.plan = BARE
         self.arena = arena
+        self.form = form or choose_form(arena.device, next(model.parameters()).dtype, arena.dtype)
         for path in arena.a:
             parent_path, _, name = path.rpartition(".")
             try:
@@ -51,7 +55,7 @@ class GatedLinear(nn.Module):
         self._a = [layers.arena.a[path]]
         self._b = [layers.arena.b[path]]
         self._bound_plan = BARE
-        self._bound: list[BoundRun] = []
+        self._bound: Bound | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -61,13 +65,14 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        plan = self._layers[0].plan
+        layers = self._layers[0]
+        plan = layers.plan
         if plan.is_empty:
             return y
         if plan is not self._bound_plan:
-            self._bound = bind(plan.of(self.path), self._a[0], self._b[0])
+            self._bound = layers.form.bind(plan, self.path, self._a[0], self._b[0])
             self._bound_plan = plan
-        if self._bound:
+        if self._bound is not None:
             with torch.no_grad():
-                gated_lora_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._bound)
+                self._bound(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
         return y

@@ -4,18 +4,30 @@ A and B hold the rows of many adapters, stacked along the rank; only the gate `g
 row, and how much of it. One batch may therefore mix requests with different blends.
 """
 
-from loramux.kernels.gated_lora.cpu import BoundRun, bind, gated_lora_
-from loramux.kernels.gated_lora.plan import GateSlot, Plan, Run, plan_runs
+import torch
+
+from loramux.kernels.gated_lora.dense import DenseForm
+from loramux.kernels.gated_lora.form import Bound, Form
+from loramux.kernels.gated_lora.native import FUNCTIONS, NativeForm, library
+from loramux.kernels.gated_lora.plan import GateSlot, Plan, plan_step
 from loramux.kernels.gated_lora.reference import dense_gate, gated_lora_reference
 
 __all__ = [
-    "BoundRun",
+    "Bound",
+    "DenseForm",
+    "Form",
     "GateSlot",
+    "NativeForm",
     "Plan",
-    "Run",
-    "bind",
+    "choose_form",
     "dense_gate",
-    "gated_lora_",
     "gated_lora_reference",
-    "plan_runs",
+    "plan_step",
 ]
+
+
+def choose_form(device: torch.device, activations: torch.dtype, factors: torch.dtype) -> Form:
+    """The fastest form that this machine has for inputs and factors of these kinds."""
+    if device.type == "cpu" and (activations, factors) in FUNCTIONS and library() is not None:
+        return NativeForm(activations, factors)
+    return DenseForm()

@@ -1,18 +1,17 @@
-"""The operator as its formula says, for tests and for devices that have no faster form."""
-
-from collections.abc import Sequence
+"""The operator as its formula says, for tests."""
 
 import torch
 from torch import Tensor
 
-from loramux.kernels.gated_lora.plan import Run
+from loramux.kernels.gated_lora.plan import Plan
 
 
-def dense_gate(runs: Sequence[Run], tokens: int, rows: int) -> Tensor:
+def dense_gate(plan: Plan, tokens: int, rows: int) -> Tensor:
     """The gate of the whole batch, [tokens, rows] float32: zero where a token does not use a row."""
     gate = torch.zeros(tokens, rows)
-    for run in runs:
-        gate[run.tokens, run.rows] = run.gate.float().cpu()
+    for segment in plan.segments:
+        for (lo, hi), part in segment.slot.parts():
+            gate[segment.tokens, lo:hi] = part.float().cpu()
     return gate
 
 

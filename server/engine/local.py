@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramux.adapters.layers import AdapterLayers
-from loramux.kernels.gated_lora import GateSlot, Plan, plan_runs
+from loramux.kernels.gated_lora import GateSlot, Plan, plan_step
 from loramux.server.engine.batching import Batching
 from loramux.server.engine.hooks import Segment
 from loramux.server.engine.protocol import (
@@ -234,14 +234,14 @@ class LocalEngine:
                 _call(seq.loop, seq.gone.set)
 
     def _plan_for(self, segments: Sequence[Segment]) -> Plan:
-        """The runs of this step; a decode step over the same requests as the last one reuses its plan."""
+        """The plan of this step; a decode step over the same requests as the last one reuses its plan."""
         slots: list[tuple[GateSlot | None, int]] = []
         for request_id, length in segments:
             seq = self._sequences.get(request_id)
             slots.append((None if seq is None or seq.handle is None else seq.handle.slot, length))
         key = tuple((id(slot), length) for slot, length in slots)
         if key != self._plan_key:
-            self._plan, self._plan_key = plan_runs(slots, self._model.device), key
+            self._plan, self._plan_key = plan_step(slots), key
             self._plan_slots = slots  # keeps the slots alive, so that an id in the key cannot be reused
         return self._plan
 

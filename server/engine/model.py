@@ -6,6 +6,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from loramux.kernels.packed_linear import pack_linears
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -94,6 +96,7 @@ def load_base(
             f"base model {path}: the checkpoint lacks {len(missing)} tensors, first {missing[0]}"
         )
     model.requires_grad_(False)
+    pack_linears(model)
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.training.batches import IGNORED, by_length, collate
 from loramux.adapters.training.chat import EncodedRow
 from loramux.adapters.training.loop import token_losses
-from loramux.kernels.gated_lora import GateSlot, plan_runs
+from loramux.kernels.gated_lora import GateSlot, plan_step
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Losses:
             if not bool((batch.targets != IGNORED).any()):
                 continue
             width = batch.ids.shape[1]
-            plan = plan_runs([(slot_of[id(row)], width) for row in part], self._model.device)
+            plan = plan_step([(slot_of[id(row)], width) for row in part])
             with torch.inference_mode(), self._layers.running(plan):
                 loss += float(token_losses(self._model, batch).double().sum())
             tokens += batch.count

@@ -1,18 +1,23 @@
-"""The planned, in-place form against the formula: fresh inputs, odd sizes, every kind of traffic."""
+"""Every form of the CPU against the formula: fresh inputs, odd sizes, every kind of traffic."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from loramux.kernels.gated_lora import (
+    DenseForm,
+    Form,
     GateSlot,
-    bind,
+    NativeForm,
+    Plan,
+    choose_form,
     dense_gate,
-    gated_lora_,
     gated_lora_reference,
-    plan_runs,
+    plan_step,
 )
+from loramux.kernels.gated_lora.native import FUNCTIONS, library
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ROWS = 97
@@ -45,27 +50,79 @@ def traffic(kind: str, slots: list[GateSlot]) -> list[tuple[GateSlot | None, int
     return list(zip(itertools.cycle(picks[kind]), lengths, strict=False))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def dense(_x: torch.dtype, _factors: torch.dtype) -> Form:
+    return DenseForm()
+
+
+def native(x: torch.dtype, factors: torch.dtype) -> Form:
+    if library() is None:
+        pytest.skip("installed without a C++ compiler: there is no native library")
+    return NativeForm(x, factors)
+
+
+CASES = [
+    *((dense, dtype, dtype) for dtype in TOLERANCE),
+    *((native, *dtypes) for dtypes in FUNCTIONS),
+]
+
+
+@pytest.mark.parametrize(("make", "dtype", "factors"), CASES, ids=lambda p: getattr(p, "__name__", str(p)))
 @pytest.mark.parametrize("kind", ["distinct", "identical", "base only", "skewed", "mixed"])
-@pytest.mark.parametrize(("n_in", "n_out"), [(64, 48), (33, 7), (1, 129)])
-def test_equals_the_formula(dtype: torch.dtype, kind: str, n_in: int, n_out: int) -> None:
+@pytest.mark.parametrize(("n_in", "n_out"), [(64, 48), (33, 7), (1, 129), (130, 1100)])
+def test_equals_the_formula(
+    make: Callable[[torch.dtype, torch.dtype], Form],
+    dtype: torch.dtype,
+    factors: torch.dtype,
+    kind: str,
+    n_in: int,
+    n_out: int,
+) -> None:
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
     segments = traffic(kind, make_slots(generator, 5))
     tokens = sum(n for _, n in segments)
-    plan = plan_runs(segments)
+    plan = plan_step(segments)
     x = torch.randn(tokens, n_in, generator=generator).to(dtype)
-    a = torch.randn(ROWS, n_in, generator=generator).to(dtype) / n_in**0.5
-    b = torch.randn(ROWS, n_out, generator=generator).to(dtype) / 8
+    a = (torch.randn(ROWS, n_in, generator=generator) / n_in**0.5).to(factors)
+    b = (torch.randn(ROWS, n_out, generator=generator) / 8).to(factors)
     y = torch.randn(tokens, n_out, generator=generator).to(dtype)
 
     expected = gated_lora_reference(
-        y.double(), x.double(), a.double(), b.double(), dense_gate(plan.runs, tokens, ROWS)
+        y.double(), x.double(), a.double(), b.double(), dense_gate(plan, tokens, ROWS)
     )
     out = y.clone()
-    gated_lora_(out, x, bind(plan.of("m"), a, b))
+    apply(make(dtype, factors), plan, out, x, a, b)
 
     error = (out.double() - expected).norm() / expected.norm()
     assert error < TOLERANCE[dtype]
+
+
+def apply(form: Form, plan: Plan, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    bound = form.bind(plan, "m", a, b)
+    if bound is not None:
+        bound(y, x)
+
+
+@pytest.mark.parametrize("make", [dense, native])
+def test_one_token_alone(make: Callable[[torch.dtype, torch.dtype], Form]) -> None:
+    """The decode step of a single request takes a way of its own through the library."""
+    slot = GateSlot(((3, 10), (50, 82)), torch.randn(39), frozenset({"m"}))
+    x, y = torch.randn(1, 77), torch.randn(1, 2500)
+    a, b = torch.randn(ROWS, 77), torch.randn(ROWS, 2500)
+    plan = plan_step([(slot, 1)])
+    expected = gated_lora_reference(y.double(), x.double(), a.double(), b.double(), dense_gate(plan, 1, ROWS))
+    apply(make(torch.float32, torch.float32), plan, y, x, a, b)
+    assert (y.double() - expected).norm() / expected.norm() < TOLERANCE[torch.float32]
+
+
+def test_the_library_is_what_a_cpu_gets_where_it_was_built() -> None:
+    chosen = choose_form(torch.device("cpu"), torch.float32, torch.float32)
+    assert isinstance(chosen, DenseForm if library() is None else NativeForm)
+    assert isinstance(choose_form(torch.device("cpu"), torch.float16, torch.float16), DenseForm)
+
+
+def test_the_library_refuses_what_it_has_no_kernel_for() -> None:
+    with pytest.raises(RuntimeError, match="float16"):
+        NativeForm(torch.float16, torch.float16)
 
 
 @pytest.mark.parametrize("kind", ["distinct", "identical", "skewed", "mixed"])
@@ -82,33 +139,40 @@ def test_the_plan_gates_exactly_what_each_request_asked_for(kind: str) -> None:
                 expected[at : at + n, lo:hi] = slot.gate[done : done + hi - lo]
                 done += hi - lo
         at += n
-    assert torch.equal(dense_gate(plan_runs(segments).runs, tokens, ROWS), expected)
+    assert torch.equal(dense_gate(plan_step(segments), tokens, ROWS), expected)
 
 
-def test_rows_of_others_never_reach_a_token() -> None:
-    """NaN in every row that the batch does not use, and in the output of the tokens it does not touch."""
+@pytest.mark.parametrize("make", [dense, native])
+def test_rows_of_others_never_reach_a_token(make: Callable[[torch.dtype, torch.dtype], Form]) -> None:
+    """NaN in every row that the batch does not use, and zero in the output of the tokens it does not
+    touch."""
     slot = GateSlot(((4, 8), (20, 23)), torch.ones(7), frozenset({"m"}))
     a, b = torch.full((ROWS, 8), float("nan")), torch.full((ROWS, 8), float("nan"))
     for lo, hi in slot.extents:
         a[lo:hi], b[lo:hi] = torch.randn(hi - lo, 8), torch.randn(hi - lo, 8)
     y = torch.zeros(6, 8)
-    plan = plan_runs([(None, 2), (slot, 2), (None, 2)])
-    gated_lora_(y, torch.randn(6, 8), bind(plan.of("m"), a, b))
+    plan = plan_step([(None, 2), (slot, 2), (None, 2)])
+    apply(make(torch.float32, torch.float32), plan, y, torch.randn(6, 8), a, b)
     assert torch.isfinite(y).all()
     assert (y[:2] == 0).all()
     assert (y[4:] == 0).all()
     assert (y[2:4] != 0).all()
 
 
-def test_a_batch_without_adapters_has_no_runs() -> None:
-    assert plan_runs([(None, 1), (None, 30)]).is_empty
+def test_a_batch_without_adapters_has_an_empty_plan() -> None:
+    assert plan_step([(None, 1), (None, 30)]).is_empty
 
 
-def test_a_module_that_no_adapter_targets_has_no_runs() -> None:
+@pytest.mark.parametrize("make", [dense, native])
+def test_a_module_that_no_adapter_targets_is_left_alone(
+    make: Callable[[torch.dtype, torch.dtype], Form],
+) -> None:
     slot = GateSlot(((0, 4),), torch.ones(4), frozenset({"attention"}))
-    plan = plan_runs([(slot, 1)])
-    assert plan.of("attention")
-    assert not plan.of("mlp")
+    factors = torch.randn(ROWS, 8)
+    form = make(torch.float32, torch.float32)
+    plan = plan_step([(slot, 1)])
+    assert form.bind(plan, "attention", factors, factors) is not None
+    assert form.bind(plan, "mlp", factors, factors) is None
 
 
 def test_a_gate_of_the_wrong_length_is_refused() -> None:

@@ -12,7 +12,7 @@ from loramux.adapters.blend import Blend
 from loramux.adapters.errors import BlendError
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.residency import BlendTooLarge, Residency
-from loramux.kernels.gated_lora import dense_gate, plan_runs
+from loramux.kernels.gated_lora import dense_gate, plan_step
 
 SHAPES = BaseShapes("tiny", {"up": (24, 16), "down": (16, 24), "q": (16, 16)})
 
@@ -39,7 +39,7 @@ def make(names: str = "abcdef", rows: int = 64, **options: Any) -> Residency:
 def served_delta(residency: Residency, handle: Any, module: str) -> torch.Tensor:
     """What the arena and the gate amount to, as a dense float64 matrix."""
     arena = residency._arena
-    gate = dense_gate(plan_runs([(handle.slot, 1)]).runs, 1, arena.rows)[0].double()
+    gate = dense_gate(plan_step([(handle.slot, 1)]), 1, arena.rows)[0].double()
     return (arena.b[module].double() * gate[:, None]).T @ arena.a[module].double()
 
 

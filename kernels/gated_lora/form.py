@@ -1,0 +1,19 @@
+"""What every form of the operator offers."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from loramux.kernels.gated_lora.plan import Plan
+
+#: Adds a module's part of the plan to `y` [T, out] in place, given its input `x` [T, in].
+Bound = Callable[[Tensor, Tensor], None]
+
+
+class Form(Protocol):
+    """One way to compute the operator. Plans come one after another, never two at a time."""
+
+    def bind(self, plan: Plan, module: str, a: Tensor, b: Tensor) -> Bound | None:
+        """Prepare one module (a [R, in], b [R, out]) for as long as `plan` lasts; `None`: it adds nothing."""
+        ...

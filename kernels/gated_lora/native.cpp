@@ -1,0 +1,80 @@
+// The operator for a CPU, for the few tokens a request has in a decode step: every token meets the rows
+// its blend uses and no others, and a module costs one call.
+//
+// Called through a plain C interface, so that no header of Python or torch is needed to build it.
+
+#include <cstdint>
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// `rows` rows of the factors from row `first` on, and the tokens that use them: tokens[token_at ...]. Their
+// gates, and what the first half leaves for the second, lie at gate_at as [tokens, rows].
+struct Block {
+    int64_t first, rows, token_at, tokens, gate_at;
+};
+
+// Up to four rows of a block, and STRIP_TOKENS of its tokens: the unit that threads share out.
+struct Strip {
+    int64_t block, row, token;
+};
+
+struct Call {
+    const void *a;  // [R, in]
+    const void *b;  // [R, out]
+    int64_t in, out;
+    const Block *block;
+    int64_t blocks;
+    const Strip *strip;
+    int64_t strips;
+    const int32_t *tokens;
+    const float *gates;
+    float *hidden;
+    int64_t threads;
+};
+
+enum { SHRINK = 1, EXPAND = 2 };
+
+// Tokens of a strip: their inputs stay in the cache while the rows pass.
+static const int64_t STRIP_TOKENS = 24;
+// Columns of B at a time where several tokens share them: four cache lines of every row.
+static const int64_t TILE = 64;
+// Columns at a time of a single token, a multiple of TILE.
+static const int64_t STREAM = 1024;
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#define DISPATCH 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#include "native_body.inc"
+}
+#pragma GCC pop_options
+#endif
+
+namespace baseline {
+#include "native_body.inc"
+}
+
+template <class E, class F>
+static void choose(const Call *call, E *y, const E *x, int half) {
+#ifdef DISPATCH
+    static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (wide) return avx2::run<E, F>(*call, y, x, half);
+#endif
+    baseline::run<E, F>(*call, y, x, half);
+}
+
+// Named for the type of x and y, then that of the factors.
+extern "C" {
+void gated_lora_f32_f32(const Call *call, float *y, const float *x, int half) {
+    choose<float, float>(call, y, x, half);
+}
+void gated_lora_f32_bf16(const Call *call, float *y, const float *x, int half) {
+    choose<float, bf16>(call, y, x, half);
+}
+void gated_lora_bf16_bf16(const Call *call, bf16 *y, const bf16 *x, int half) {
+    choose<bf16, bf16>(call, y, x, half);
+}
+}
