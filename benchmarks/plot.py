@@ -12,7 +12,7 @@ INK, FAINT, MET, MISSED, PLAIN = "#1f2933", "#d9dee4", "#2f7d5b", "#c2571a", "#6
 def decode_ratios(found: Mapping[str, Any]) -> str | None:
     """The drawing of a run's JSON; `None` if it holds no such ratio."""
     rows = [
-        (f"{what.replace(': of base', '')}", line)
+        (what.removesuffix(" of base").removesuffix(":").removesuffix(","), line)
         for scenario in SCENARIOS
         for what, line in found["scenarios"].get(scenario, {"lines": {}})["lines"].items()
         if line["unit"] == "ratio"
@@ -59,6 +59,7 @@ def _bar(name: str, line: Mapping[str, Any], y: int, top: float) -> list[str]:
             f'<line x1="{x}" y1="{y - 4}" x2="{x}" y2="{y + BAR + 4}" stroke="{INK}" stroke-width="2" '
             'stroke-dasharray="3 2"/>'
         )
+        end = max(end, x)
     parts.append(f'<text x="{max(end, _x(median, top)) + 8}" y="{middle + 4.5}">{median:.2f}</text>')
     return parts
 
