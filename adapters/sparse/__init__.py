@@ -1,0 +1,1 @@
+"""Sparse models: LoRA mixtures that choose their experts token by token."""
