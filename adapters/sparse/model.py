@@ -51,7 +51,9 @@ class ExpertFactors:
 
 @dataclass(frozen=True, eq=False)
 class RankMixture:
-    """LoRACoE at one linear module: y += scale * gain * B(g ⊙ Ax), g = mean_i softmax_rank(W_i x / temperature).
+    """LoRACoE at one linear module: y += scale * gain * B(g ⊙ Ax), g = mean_i softmax(W_i x / temperature).
+
+    The softmax is over the rank.
 
     Attributes:
         a: `[rank, in]`.
