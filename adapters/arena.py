@@ -2,7 +2,8 @@
 module."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,21 @@ from loramux.adapters.lora import LoraAdapter
 from loramux.kernels.gated_lora.plan import Extent
 
 
+class _Group(NamedTuple):
+    """The rows of all modules of one shape: a [modules, rows, in], b [modules, rows, out]."""
+
+    places: dict[str, int]
+    a: Tensor
+    b: Tensor
+
+
 class Arena:
     """`rows` rows of A ([rows, in]) and of B transposed ([rows, out]) for every module of the base.
 
     An adapter of rank r occupies r rows, the same in every module, which need not be neighbours, so that free
     space never fragments. Rows that an adapter does not fill (a module it leaves alone, a smaller rank there)
-    are zero. Not safe for concurrent allocation; `write` may run in another thread.
+    are zero. Modules of one shape lie in one tensor, so that an adapter, stored in stacks of the same order,
+    is written by a few large copies. Not safe for concurrent allocation; `write` may run in another thread.
     """
 
     def __init__(
@@ -32,14 +42,29 @@ class Arena:
             raise ValueError(f"an arena needs at least one row, got {rows}")
         self.rows = rows
         self.dtype = dtype
+        self.device = torch.device(device)
+        self._groups: dict[tuple[int, int], _Group] = {}
+        members: dict[tuple[int, int], list[str]] = {}
+        for module in sorted(shapes.modules):
+            members.setdefault(shapes.modules[module], []).append(module)
+        for (n_out, n_in), modules in members.items():
+            self._groups[n_out, n_in] = _Group(
+                {module: place for place, module in enumerate(modules)},
+                torch.zeros(len(modules), rows, n_in, dtype=dtype, device=device),
+                torch.zeros(len(modules), rows, n_out, dtype=dtype, device=device),
+            )
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
-        for module, (n_out, n_in) in shapes.modules.items():
-            self.a[module] = torch.zeros(rows, n_in, dtype=dtype, device=device)
-            self.b[module] = torch.zeros(rows, n_out, dtype=dtype, device=device)
+        for module, shape in shapes.modules.items():
+            group = self._groups[shape]
+            self.a[module] = group.a[group.places[module]]
+            self.b[module] = group.b[group.places[module]]
         self.bytes_per_row = row_bytes(shapes, dtype)
         self._free: list[Extent] = [(0, rows)]
         self._write_lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+        if self.device.type == "cuda":
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     @property
     def free_rows(self) -> int:
@@ -77,21 +102,70 @@ class Arena:
 
     @torch.no_grad()
     def write(self, adapter: LoraAdapter, extents: Sequence[Extent]) -> None:
-        """Fill rows with an adapter, its scale folded into B, and zero what it leaves out."""
+        """Fill rows with an adapter, its scale folded into B, and zero what it leaves out.
+
+        On a GPU the copies run on a stream of their own, beside the steps that are being computed; this
+        returns when they are done, so that whoever is told of the rows may use them at once.
+        """
         with self._write_lock:
-            for module, a in self.a.items():
-                b = self.b[module]
-                pair = adapter.pairs.get(module)
-                rank = 0 if pair is None else pair.a.shape[0]
-                done = 0
+            if self._stream is None:
+                self._write(adapter, extents)
+                return
+            # Earlier users of these rows may still be queued.
+            self._stream.wait_stream(torch.cuda.default_stream(self._stream.device))
+            with torch.cuda.stream(self._stream):
+                self._write(adapter, extents)
+                done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                done.record(self._stream)
+            done.synchronize()
+
+    def _write(self, adapter: LoraAdapter, extents: Sequence[Extent]) -> None:
+        left = {shape: set(group.places) for shape, group in self._groups.items()}
+        for stack in adapter.stacks:
+            group = self._groups[stack.shape]
+            left[stack.shape].difference_update(stack.modules)
+            for rows, places in _runs([group.places[module] for module in stack.modules]):
+                _fill(group.a[places], stack.a[rows], (1.0,), extents)
+                _fill(group.b[places], stack.bt[rows], stack.scales[rows], extents)
+        for shape, modules in left.items():
+            group = self._groups[shape]
+            for _, places in _runs(sorted(group.places[module] for module in modules)):
                 for lo, hi in extents:
-                    filled = max(0, min(rank - done, hi - lo))
-                    if pair is not None and filled:
-                        a[lo : lo + filled] = pair.a[done : done + filled]
-                        b[lo : lo + filled] = (pair.b[:, done : done + filled].float() * pair.scale).T
-                    a[lo + filled : hi] = 0
-                    b[lo + filled : hi] = 0
-                    done += hi - lo
+                    group.a[places, lo:hi] = 0
+                    group.b[places, lo:hi] = 0
+
+
+def _runs(places: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Stretches of rows of a stack that are neighbours in the arena too: (rows, places)."""
+    start = 0
+    for row in range(1, len(places) + 1):
+        if row == len(places) or places[row] != places[row - 1] + 1:
+            yield slice(start, row), slice(places[start], places[row - 1] + 1)
+            start = row
+
+
+def _fill(target: Tensor, source: Tensor, scales: Sequence[float], extents: Sequence[Extent]) -> None:
+    """Spread `source` [modules, rank, n], times one scale or one a module, over rows of `target`
+    [modules, rows, n]; rows beyond its rank become zero."""
+    rank, done = source.shape[1], 0
+    for lo, hi in extents:
+        filled = max(0, min(rank - done, hi - lo))
+        if filled:
+            rows, part = target[:, lo : lo + filled], source[:, done : done + filled]
+            if all(scale == 1.0 for scale in scales):
+                rows.copy_(part, non_blocking=True)
+            else:
+                torch.mul(part.to(rows.device, non_blocking=True), _factor(scales, rows.device), out=rows)
+        target[:, lo + filled : hi] = 0
+        done += hi - lo
+
+
+def _factor(scales: Sequence[float], device: torch.device) -> Tensor | float:
+    """A number where it is the same everywhere, else a float32 column: either way the product is rounded
+    once."""
+    if len(set(scales)) == 1:
+        return scales[0]
+    return torch.tensor(scales, device=device)[:, None, None]
 
 
 def row_bytes(shapes: BaseShapes, dtype: torch.dtype) -> int:

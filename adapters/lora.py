@@ -8,7 +8,7 @@ of any module is one contiguous run of memory on both sides.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
 from typing import NamedTuple
 
@@ -76,6 +76,10 @@ class FactorStack:
             bt=torch.stack([pairs[module].b.T for module in modules]),
             scales=tuple(float(pairs[module].scale) for module in modules),
         )
+
+    def pinned(self) -> FactorStack:
+        """A copy in page-locked memory, from which a GPU can copy while it computes."""
+        return replace(self, a=self.a.pin_memory(), bt=self.bt.pin_memory())
 
 
 class _StackedPairs(Mapping[str, LoraPair]):
@@ -150,6 +154,11 @@ class LoraAdapter:
             key = (pair.b.shape[0], pair.a.shape[1], pair.rank, pair.a.dtype)
             groups.setdefault(key, {})[module] = pair
         return tuple(FactorStack.from_pairs(pairs) for pairs in groups.values())
+
+    def pinned(self) -> LoraAdapter:
+        """The same adapter in page-locked host memory; needs CUDA."""
+        stacks = [stack.pinned() for stack in self.stacks]
+        return LoraAdapter.from_stacks(self.id, self.content_hash, stacks, self.config)
 
     @property
     def ranks(self) -> dict[str, int]:

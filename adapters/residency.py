@@ -2,6 +2,7 @@
 room."""
 
 import asyncio
+import os
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
@@ -16,6 +17,7 @@ from loramux.adapters.blend import Blend
 from loramux.adapters.errors import BlendError
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.merge import merge
+from loramux.adapters.quiet_threads import QuietThreads
 from loramux.kernels.gated_lora.plan import Extent, GateSlot
 
 
@@ -63,18 +65,21 @@ class ResidencyStats:
 
 @dataclass(eq=False)
 class _Resident:
-    """An adapter on the device: an expert, or the result of an inexact merge."""
+    """An adapter on the device: an expert, or the result of an inexact merge.
+
+    `ready` is done when its rows are filled; `None` if they were before anybody could ask.
+    """
 
     key: str
     adapter: LoraAdapter
     is_expert: bool
     extents: tuple[Extent, ...]
-    ready: asyncio.Future[None]
+    ready: asyncio.Future[None] | None
     pins: int = 0
 
     @property
     def is_broken(self) -> bool:
-        return not self.ready.done() or self.ready.exception() is not None
+        return self.ready is not None and (not self.ready.done() or self.ready.exception() is not None)
 
 
 class _Source(NamedTuple):
@@ -117,6 +122,8 @@ class Residency:
         self._blends: OrderedDict[str, _Entry] = OrderedDict()
         self._allocating = asyncio.Lock()
         self._released = asyncio.Event()
+        self._copying = QuietThreads("loramux-copy")
+        self._merging = QuietThreads("loramux-merge", count=max(1, (os.cpu_count() or 1) // 4), nice=10)
         self._hits = self._misses = self._evictions = 0
 
     @property
@@ -158,6 +165,20 @@ class Residency:
             )
         finally:
             self._unpin(entry)
+
+    def preload(self) -> int:
+        """Copy in the experts that there is room for, in the order of the pool, before anything is leased.
+
+        Returns:
+            how many experts are resident.
+        """
+        for expert in self._experts.values():
+            if expert.content_hash not in self._residents and expert.max_rank <= self._arena.free_rows:
+                extents = self._arena.allocate(expert.max_rank)
+                self._arena.write(expert, extents)
+                resident = _Resident(expert.content_hash, expert, True, extents, None)
+                self._residents[expert.content_hash] = resident
+        return len(self._residents)
 
     def add_expert(self, expert: LoraAdapter) -> None:
         """Put an expert into the host tier.
@@ -216,7 +237,8 @@ class Residency:
             sources = await self._sources(entry)
             await self._reserve(entry, sources)
             for resident in entry.residents:
-                await resident.ready
+                if resident.ready is not None:
+                    await resident.ready
             gates = [
                 torch.full((_rows(resident.extents),), source.gate)
                 for resident, source in zip(entry.residents, sources, strict=True)
@@ -246,7 +268,7 @@ class Residency:
         if blend.method == "exact":
             entry.rank = sum(expert.max_rank for expert, _ in parts)
             return [_Source(expert.content_hash, expert, weight, True) for expert, weight in parts]
-        merged = await asyncio.to_thread(
+        merged = await self._merging.run(
             merge, parts, blend.method, rank=blend.rank, density=blend.density, seed=blend.seed or 0
         )
         entry.rank, entry.relative_error = merged.rank, merged.relative_error
@@ -261,7 +283,7 @@ class Residency:
                 f"the blend needs {needed} rows ({needed * unit} bytes) of adapter memory, "
                 f"there are {self._arena.rows} ({self._arena.rows * unit} bytes)"
             )
-        fresh: list[_Resident] = []
+        fresh: list[tuple[_Resident, asyncio.Future[None]]] = []
         async with self._allocating:  # one at a time, in order: two half-served blends would wait for ever
             for source in sources:
                 if (resident := self._residents.get(source.key)) is not None:
@@ -270,22 +292,22 @@ class Residency:
             for source in sources:
                 if source.key not in self._residents:
                     fresh.append(await self._allocate(source))
-                    self._hold(entry, fresh[-1])
+                    self._hold(entry, fresh[-1][0])
         order = {source.key: i for i, source in enumerate(sources)}
         entry.residents.sort(key=lambda resident: order[resident.key])
-        for resident in fresh:
+        for resident, ready in fresh:
             try:
-                await asyncio.to_thread(self._arena.write, resident.adapter, resident.extents)
-                resident.ready.set_result(None)
+                await self._copying.run(self._arena.write, resident.adapter, resident.extents)
+                ready.set_result(None)
             finally:
-                if not resident.ready.done():
-                    resident.ready.set_exception(BlendError(f"copying {resident.adapter.id!r} in failed"))
+                if not ready.done():
+                    ready.set_exception(BlendError(f"copying {resident.adapter.id!r} in failed"))
 
     def _hold(self, entry: _Entry, resident: _Resident) -> None:
         entry.residents.append(resident)
         resident.pins += 1
 
-    async def _allocate(self, source: _Source) -> _Resident:
+    async def _allocate(self, source: _Source) -> tuple[_Resident, asyncio.Future[None]]:
         rows = source.adapter.max_rank
         while self._arena.free_rows < rows:
             victim = next((key for key, resident in self._residents.items() if not resident.pins), None)
@@ -295,10 +317,10 @@ class Residency:
             else:
                 self._released.clear()
                 await self._released.wait()
-        ready = asyncio.get_running_loop().create_future()
+        ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         resident = _Resident(source.key, source.adapter, source.is_expert, self._arena.allocate(rows), ready)
         self._residents[source.key] = resident
-        return resident
+        return resident, ready
 
     # Letting go
 
