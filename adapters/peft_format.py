@@ -23,7 +23,7 @@ from loramux.adapters.errors import (
 )
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.peft_config import LoraSettings, read_settings
-from loramux.adapters.peft_tensors import read_stacks
+from loramux.adapters.peft_tensors import StackShape, read_shapes, read_stacks
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -65,6 +65,23 @@ def read_lora(
     modules = sorted(module for stack in stacks for module in stack.modules)
     content_hash = _content_hash(path, {module: settings.scale(module) for module in modules})
     return LoraAdapter.from_stacks(id, content_hash, stacks, _summary(settings, modules))
+
+
+def measure_lora(
+    directory: str | Path,
+    *,
+    base: BaseShapes,
+    any_base: bool = False,
+    root: str | Path | None = None,
+) -> tuple[StackShape, ...]:
+    """What `read_lora` would hold in memory, without reading a tensor. Arguments as there.
+
+    Raises:
+        AdapterError: as `read_lora`, as far as config and header show it.
+    """
+    folder = Path(directory)
+    settings = read_settings(_confined(folder, CONFIG_FILE, root), base_id=base.id, any_base=any_base)
+    return read_shapes(_confined(folder, TENSOR_FILE, root), settings, base)
 
 
 def _confined(folder: Path, name: str, root: str | Path | None) -> Path:

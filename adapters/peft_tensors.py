@@ -34,6 +34,20 @@ _FOREIGN = (
 )
 
 
+class StackShape(NamedTuple):
+    """What one stack of factors will measure, known from a file's header."""
+
+    modules: int
+    rank: int
+    shape: tuple[int, int]
+
+    def tensor_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes of its two tensors, A and B."""
+        out_features, in_features = self.shape
+        rows = self.modules * self.rank * dtype.itemsize
+        return rows * in_features, rows * out_features
+
+
 class _Factors(NamedTuple):
     """Keys of the two factors of a module, and what they measure."""
 
@@ -68,6 +82,21 @@ def read_stacks(
     return stacks
 
 
+def read_shapes(path: Path, settings: LoraSettings, base: BaseShapes) -> tuple[StackShape, ...]:
+    """The shapes of the stacks that `read_stacks` would read, from the header alone.
+
+    Raises:
+        AdapterFormatError, UnsupportedAdapterError, BaseMismatchError: as `read_stacks` does for names,
+            shapes and types.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            groups = _TensorFile(path, file, settings, base).groups()
+    except (SafetensorError, OSError) as error:
+        raise AdapterFormatError(f"{path}: not a readable safetensors file: {error}") from error
+    return tuple(StackShape(len(members), rank, shape) for (rank, shape), members in groups.items())
+
+
 @dataclass(frozen=True)
 class _TensorFile:
     path: Path
@@ -76,14 +105,20 @@ class _TensorFile:
     base: BaseShapes
 
     def stacks(self, dtype: torch.dtype | None) -> tuple[FactorStack, ...]:
-        factors = {module: self._factors(module, keys) for module, keys in sorted(self._keys().items())}
+        groups = self.groups()
         if dtype is None:
-            found = {self._dtype(key) for item in factors.values() for key in (item.a_key, item.b_key)}
+            items = [item for members in groups.values() for item in members.values()]
+            found = {self._dtype(key) for item in items for key in (item.a_key, item.b_key)}
             dtype = found.pop() if len(found) == 1 else torch.float32
-        groups: dict[tuple[int, tuple[int, int]], dict[str, _Factors]] = {}
-        for module, item in factors.items():
-            groups.setdefault((item.rank, item.shape), {})[module] = item
         return tuple(self._stack(members, dtype) for members in groups.values())
+
+    def groups(self) -> dict[tuple[int, tuple[int, int]], dict[str, _Factors]]:
+        """(rank, shape) -> module -> its factors; each group becomes one stack."""
+        groups: dict[tuple[int, tuple[int, int]], dict[str, _Factors]] = {}
+        for module, keys in sorted(self._keys().items()):
+            item = self._factors(module, keys)
+            groups.setdefault((item.rank, item.shape), {})[module] = item
+        return groups
 
     def _keys(self) -> dict[str, dict[str, str]]:
         """Module -> side ("A" or "B") -> key, for modules that file, config and base agree on."""

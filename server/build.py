@@ -1,7 +1,7 @@
 """The only place where parts are made and put together."""
 
 import logging
-import os
+import time
 from collections.abc import Callable
 from functools import partial
 from hashlib import sha256
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from loramux.adapters.arena import Arena, row_bytes
+from loramux.adapters.arena import Arena
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.layers import AdapterLayers
 from loramux.adapters.lora import LoraAdapter
@@ -27,10 +27,13 @@ from loramux.server.engine.protocol import Engine
 from loramux.server.errors import StartError
 from loramux.server.intake import Intake
 from loramux.server.lifecycle import Lifecycle
+from loramux.server.memory.blueprint import Blueprint, Target, loaded_bytes
+from loramux.server.memory.budget import Budget, Sizes, plan_budget, router_bytes, size_text
+from loramux.server.memory.room import device_room, host_room
 from loramux.server.metrics import Metrics
 from loramux.server.parts import Parts
 from loramux.server.pipeline import Pipeline
-from loramux.server.pool.experts import read_experts
+from loramux.server.pool.experts import measure_experts, read_experts
 from loramux.server.pool.manifest import MANIFEST, Pool, PoolError, read_pool, verify
 from loramux.server.selection import Router, Selector, options_of
 from loramux.server.settings import Settings, api_keys
@@ -49,18 +52,21 @@ def build(settings: Settings) -> Parts:
     keys = api_keys(settings)
     pool = open_pool(settings)
     location = settings.base or pool.base_location
-    try:
-        model = load_base(
-            location, dtype=settings.dtype, quantization=settings.quantization, device=settings.device
-        )
-    except BaseModelError as error:
-        raise StartError(str(error)) from None
+    blueprint = Blueprint.read(location)
+    target = blueprint.target(
+        device=settings.device, dtype=settings.dtype, quantization=settings.quantization
+    )
+    shapes = blueprint.shapes(pool.manifest.base.id)
+    budget = make_budget(settings, pool, target, blueprint)
+    model = load_model(location, target, budget)
     tokenizer = load_tokenizer(location)
-    shapes = BaseShapes.from_model(model, pool.manifest.base.id)
-    experts = read_experts(pool, shapes, model.dtype)
-    arena = make_arena(settings, model, shapes, experts)
-    residency = Residency(experts, arena, max_blends=settings.residency.max_blends)
-    engine = make_engine(settings, model, AdapterLayers(model, arena))
+    read = partial(_read_adapter, shapes=shapes, dtype=target.dtype, pinned=target.device.type == "cuda")
+    experts = read_experts(pool, shapes, target.dtype)
+    if target.device.type == "cuda":
+        experts = {name: expert.pinned() for name, expert in experts.items()}
+    arena = Arena(shapes, budget.rows, dtype=target.dtype, device=model.device)
+    residency = make_residency(settings, experts, arena)
+    engine = make_engine(settings, model, AdapterLayers(model, arena), budget.kv_tokens)
     metrics = Metrics(
         pool.manifest.base.id, engine.stats, residency.stats, max_blends=settings.residency.max_blends
     )
@@ -74,7 +80,7 @@ def build(settings: Settings) -> Parts:
         engine=engine,
         router=router,
         tokenizer=tokenizer,
-        read=partial(_read_adapter, shapes=shapes, dtype=model.dtype),
+        read=read,
         adapter_root=settings.adapter_root or pool.root / "experts",
         fingerprint=fingerprint(pool),
     )
@@ -176,34 +182,56 @@ def load_tokenizer(location: str) -> ChatTokenizer:
     return tokenizer
 
 
-def make_arena(
-    settings: Settings, model: PreTrainedModel, shapes: BaseShapes, experts: dict[str, LoraAdapter]
-) -> Arena:
-    """The memory for resident adapters, within the setting and not far over what all experts need.
+def make_budget(settings: Settings, pool: Pool, target: Target, blueprint: Blueprint) -> Budget:
+    """Who gets how much memory, decided before any weight is read.
 
     Raises:
-        StartError: the setting is too small for the largest expert.
+        StartError: it does not fit; the line has the numbers and the settings to lower.
+        AdapterError: an expert's config or header shows that it cannot be served.
     """
-    unit = row_bytes(shapes, model.dtype)
-    rows = settings.residency.bytes // unit
-    largest = max((expert.max_rank for expert in experts.values()), default=1)
-    if rows < largest:
-        raise StartError(
-            f"residency.bytes is {settings.residency.bytes}; the largest expert alone needs {largest * unit}"
+    shapes = blueprint.shapes(pool.manifest.base.id)
+    sizes = Sizes(blueprint, shapes, measure_experts(pool, shapes), router_bytes(pool, settings.encoder))
+    budget = plan_budget(settings, target, sizes, device_room(target.device), host_room())
+    log.info("memory\n%s", budget.table())
+    return budget
+
+
+def load_model(location: str, target: Target, budget: Budget) -> PreTrainedModel:
+    """The base's weights, where and how the budget has them.
+
+    Raises:
+        StartError: a file is missing or damaged.
+    """
+    try:
+        model = load_base(
+            location, dtype=target.dtype_name, quantization=target.quantization, device=str(target.device)
         )
-    useful = 2 * sum(expert.max_rank for expert in experts.values()) + 16 * largest
-    arena = Arena(shapes, min(rows, useful), dtype=model.dtype, device=model.device)
-    log.info("adapters: %d rows, %.1f MiB", arena.rows, arena.rows * unit / 2**20)
-    return arena
+    except BaseModelError as error:
+        raise StartError(str(error)) from None
+    held = loaded_bytes(model)
+    log.info("base: %s estimated, %s loaded", size_text(budget.base), size_text(held))
+    return model
 
 
-def make_engine(settings: Settings, model: PreTrainedModel, layers: AdapterLayers) -> LocalEngine:
-    """The engine of this process, its cache sized by the setting or by what memory is free."""
+def make_residency(settings: Settings, experts: dict[str, LoraAdapter], arena: Arena) -> Residency:
+    """The blends on the device; with `residency.preload`, the experts are there from the start."""
+    residency = Residency(experts, arena, max_blends=settings.residency.max_blends)
+    if settings.residency.preload:
+        started = time.monotonic()
+        count = residency.preload()
+        log.info("%d of %d experts in their rows in %.2f s", count, len(experts), time.monotonic() - started)
+    return residency
+
+
+def make_engine(
+    settings: Settings, model: PreTrainedModel, layers: AdapterLayers, kv_tokens: int
+) -> LocalEngine:
+    """The engine of this process."""
     chosen = settings.engine
     limits = EngineLimits(
         max_running=chosen.max_running,
         max_waiting=chosen.max_waiting,
-        kv_tokens=chosen.kv_tokens or _kv_tokens(model, chosen.max_running),
+        kv_tokens=kv_tokens,
         max_batch_tokens=chosen.max_batch_tokens,
         prefix_sharing=chosen.prefix_sharing,
     )
@@ -219,18 +247,8 @@ def fingerprint(pool: Pool) -> str:
     return f"loramux-{digest[:12]}"
 
 
-def _kv_tokens(model: PreTrainedModel, max_running: int) -> int:
-    """Room for `max_running` full contexts, or for what half of the free memory holds."""
-    config = model.config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * head * model.dtype.itemsize
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    wanted = max_running * int(config.max_position_embeddings)
-    return max(1024, min(wanted, int(free // 2 // token_bytes)))
-
-
-def _read_adapter(folder: Path, name: str, *, shapes: BaseShapes, dtype: torch.dtype) -> LoraAdapter:
-    return read_lora(folder, id=name, base=shapes, dtype=dtype)
+def _read_adapter(
+    folder: Path, name: str, *, shapes: BaseShapes, dtype: torch.dtype, pinned: bool
+) -> LoraAdapter:
+    adapter = read_lora(folder, id=name, base=shapes, dtype=dtype)
+    return adapter.pinned() if pinned else adapter

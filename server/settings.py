@@ -59,7 +59,7 @@ class EngineSettings(_Section):
     kv_tokens: int | None = Field(
         default=None,
         ge=64,
-        description="Tokens of key-value cache; unset: `max_running` full contexts, within memory.",
+        description="Tokens of key-value cache; unset: `max_running` full contexts, or what memory is left.",
     )
     max_batch_tokens: int = Field(
         default=512, ge=16, description="Tokens of one step; longer prompts are chunked."
@@ -74,6 +74,10 @@ class ResidencySettings(_Section):
 
     bytes: int = Field(
         default=2**30, ge=0, description="Bytes of adapter rows on the device: experts and inexact merges."
+    )
+    preload: bool = Field(
+        default=True,
+        description="Copy the experts into their rows at the start, so that no request waits for it.",
     )
     max_blends: int = Field(
         default=4096,

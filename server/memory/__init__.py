@@ -1,0 +1,1 @@
+"""How much memory the server will take, decided before anything large is loaded."""

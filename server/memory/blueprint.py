@@ -1,0 +1,200 @@
+"""The base as its config describes it, built without weights: what it will weigh, and what a step of it
+needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils import cached_file
+
+from loramux.adapters.base_shapes import BaseShapes
+from loramux.server.engine.model import (
+    DTYPES,
+    BaseModelError,
+    resolve_device,
+    resolve_dtype,
+    resolve_quantization,
+)
+from loramux.server.errors import StartError
+
+#: A checkpoint beyond this keeps its own type on a CPU when the dtype is left to us, as `load_base` has it.
+_LARGE = 2**30
+
+#: NF4 with double quantisation, as bitsandbytes stores it: one byte of scale a block, one float a block of
+#: scales, and per matrix two code books and an offset.
+_NF4_BLOCK, _NF4_SCALE_BLOCK, _NF4_FIXED = 64, 256, 4 * (16 + 256 + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where and how the base is to be loaded; nothing is `auto` any more."""
+
+    device: torch.device
+    dtype: torch.dtype
+    quantization: str
+
+    @property
+    def dtype_name(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+
+class Blueprint:
+    """A causal language model on the meta device."""
+
+    def __init__(self, location: str, model: PreTrainedModel) -> None:
+        self._location = location
+        self._model = model
+        self._config = model.config.get_text_config()
+
+    @classmethod
+    def read(cls, location: str) -> Blueprint:
+        """Build it from `config.json`; no weight is read and no code of the checkpoint runs.
+
+        Raises:
+            StartError: there is no config, or transformers knows no such model.
+        """
+        try:
+            config = AutoConfig.from_pretrained(location, local_files_only=True, trust_remote_code=False)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise StartError(f"base model {location}: {reason}") from None
+        return cls(location, model)
+
+    def target(self, *, device: str, dtype: str, quantization: str) -> Target:
+        """Settle what the settings leave to us.
+
+        Raises:
+            StartError: the device does not exist here.
+        """
+        try:
+            where = resolve_device(device)
+        except BaseModelError as error:
+            raise StartError(str(error)) from None
+        folder = Path(self._location)
+        large = not folder.is_dir() or _file_bytes(folder) > _LARGE
+        stored = getattr(self._model.config, "dtype", None) if large else None
+        return Target(where, resolve_dtype(dtype, where, stored), resolve_quantization(quantization, where))
+
+    def shapes(self, id: str) -> BaseShapes:
+        """Its linear modules."""
+        return BaseShapes.from_model(self._model, id)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has; tied ones count once."""
+        return int(sum(parameter.numel() for parameter in self._model.parameters()))
+
+    @property
+    def positions(self) -> int:
+        """Tokens of its longest context."""
+        return int(self._config.max_position_embeddings)
+
+    def weight_bytes(self, dtype: torch.dtype, quantization: str) -> int:
+        """Bytes of parameters and buffers once loaded.
+
+        With nf4 the linear layers are packed and embeddings, norms, biases and the output head keep `dtype`.
+        A checkpoint that is quantised already is loaded as it is stored, so it weighs what its files do.
+        """
+        if getattr(self._model.config, "quantization_config", None) is not None:
+            config = cached_file(self._location, "config.json", local_files_only=True)
+            return _file_bytes(Path(config).parent)
+        packed = self._packed() if quantization == "nf4" else frozenset()
+        total = int(sum(buffer.nbytes for buffer in self._model.buffers()))
+        for name, parameter in self._model.named_parameters():
+            if name in packed:
+                total += nf4_bytes(parameter.numel())
+            else:
+                total += parameter.numel() * self._stored_as(name, parameter, dtype).itemsize
+        return total
+
+    def kv_token_bytes(self, dtype: torch.dtype) -> int:
+        """Keys and values of one token in all layers."""
+        return 2 * int(self._config.num_hidden_layers) * self._kv_heads * self._head * dtype.itemsize
+
+    def step_bytes(self, dtype: torch.dtype, tokens: int, sequences: int) -> int:
+        """Activations of a step of `tokens` tokens, of which `sequences` are sampled from.
+
+        The largest thing is the logits: one row a token when prompt tokens are scored, in float32 (4 bytes),
+        and three rows a sampled sequence (logits, their float32 copy, their cumulative probabilities). Beside
+        them the layer that runs: residual and normed states in and out (4 x hidden), queries and attention
+        output, keys and values, and gate, up and their product. Layers run one after another, so one is
+        counted.
+        """
+        config = self._config
+        hidden = int(config.hidden_size)
+        inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+        width = 4 * hidden + 2 * int(config.num_attention_heads) * self._head
+        width += 2 * self._kv_heads * self._head + 3 * inner
+        logits = (tokens + 3 * sequences) * int(config.vocab_size) * 4
+        return tokens * width * dtype.itemsize + logits
+
+    def gathered_token_bytes(self, dtype: torch.dtype, tokens: int) -> int:
+        """What one cached token costs beside the cache while a step of `tokens` tokens attends to it.
+
+        Its keys and values are gathered for the layer that runs, repeated per query head, and where attention
+        has no variable-length kernel there is one entry of the mask per token of the step; 8 bytes of index.
+        """
+        heads = 2 * int(self._config.num_attention_heads) + self._kv_heads
+        return (heads * self._head + tokens) * dtype.itemsize + 8
+
+    @property
+    def _kv_heads(self) -> int:
+        config = self._config
+        return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+    @property
+    def _head(self) -> int:
+        config = self._config
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    def _packed(self) -> frozenset[str]:
+        """The weights that bitsandbytes packs."""
+        skipped = get_keys_to_not_convert(self._model) + list(self._model._keep_in_fp32_modules or ())
+        return frozenset(
+            f"{path}.weight"
+            for path, module in self._model.named_modules()
+            if type(module) is nn.Linear and should_convert_module(path, skipped)
+        )
+
+    def _stored_as(self, name: str, parameter: Tensor, dtype: torch.dtype) -> torch.dtype:
+        """The type of a parameter after loading: a few architectures keep some in float32."""
+        if not parameter.is_floating_point():
+            return parameter.dtype
+        kept = set(self._model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
+        if dtype == torch.float16:
+            kept |= set(self._model._keep_in_fp32_modules or ())
+        return torch.float32 if any(part in kept for part in name.split(".")) else dtype
+
+
+def nf4_bytes(count: int) -> int:
+    """Bytes of a matrix of `count` numbers in NF4 with double quantisation."""
+    blocks = -(-count // _NF4_BLOCK)
+    return -(-count // 2) + blocks + 4 * -(-blocks // _NF4_SCALE_BLOCK) + _NF4_FIXED
+
+
+def loaded_bytes(model: nn.Module) -> int:
+    """Bytes that the parameters and buffers of a loaded model hold, quantisation states included."""
+    total, seen = 0, set[int]()
+    for tensor in (*model.parameters(), *model.buffers()):
+        state = getattr(tensor, "quant_state", None)
+        parts = [tensor]
+        if state is not None:
+            nested = [state.offset, state.state2.absmax, state.state2.code] if state.nested else []
+            parts += [state.absmax, state.code, *nested]
+        for part in parts:
+            if id(part) not in seen:
+                seen.add(id(part))
+                total += part.numel() * part.element_size()
+    return total
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

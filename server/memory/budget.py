@@ -1,0 +1,304 @@
+"""One place that decides how much memory everything gets: base + pool + slots + key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from loramux.adapters.arena import row_bytes
+from loramux.adapters.base_shapes import BaseShapes
+from loramux.adapters.peft_tensors import StackShape
+from loramux.server.engine.local import EngineLimits
+from loramux.server.errors import StartError
+from loramux.server.memory.blueprint import Blueprint, Target
+from loramux.server.memory.room import Room
+from loramux.server.pool.manifest import Pool
+from loramux.server.settings import Settings
+
+#: Of what base, pool and slots leave, the share that the cache and a step may take. The rest is for
+#: fragments, and on a CPU for other programs. The engine checks its cache against the same shares.
+SHARE = {"cuda": 0.9, "cpu": 0.6}
+
+#: Kernels, workspaces and handles of CUDA libraries, and interpreter, tokenizer and buffers on the host.
+OVERHEAD = {"cuda": 384 * 2**20, "cpu": 128 * 2**20}
+
+#: Less cache than this, or than one context if that is shorter, is not worth starting for.
+LEAST_KV_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What is to be held, measured from files and configs.
+
+    Attributes:
+        experts: of each expert, the stacks that it will be.
+        router_bytes: files of the router and its encoder.
+    """
+
+    blueprint: Blueprint
+    shapes: BaseShapes
+    experts: Mapping[str, Sequence[StackShape]]
+    router_bytes: int
+
+    def rank(self, expert: str) -> int:
+        return max((stack.rank for stack in self.experts[expert]), default=0)
+
+    def pool_bytes(self, dtype: torch.dtype, *, pinned: bool) -> int:
+        """The host tier. Pinned memory is handed out in powers of two."""
+        tensors = (
+            size for stacks in self.experts.values() for stack in stacks for size in stack.tensor_bytes(dtype)
+        )
+        return sum(1 << (size - 1).bit_length() if pinned else size for size in tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the settings ask for. `kv_tokens` is None where they leave it to what remains."""
+
+    dtype: torch.dtype
+    quantization: str
+    slot_bytes: int
+    kv_tokens: int | None
+    step_tokens: int
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Bytes of everything, within what there is."""
+
+    device: Room
+    host: Room | None
+    base: int
+    pool: int
+    slots: int
+    kv: int
+    step: int
+    router: int
+    rows: int
+    kv_tokens: int
+    details: Mapping[str, str]
+
+    def table(self) -> str:
+        """Few short lines for a person: what takes how much of which memory."""
+        on_device = ("base", "slots", "kv", "step")
+        on_host = ("pool", "router")
+        if self.host is None:
+            return "\n".join(self._lines(self.device, ("base", "pool", "slots", "kv", "step", "router")))
+        return "\n".join([*self._lines(self.device, on_device), *self._lines(self.host, on_host)])
+
+    def _lines(self, room: Room, names: Iterable[str]) -> list[str]:
+        sizes = {name: int(getattr(self, name)) for name in names}
+        lines = [f"{room.name}: {size_text(room.free)} available"]
+        lines += [f"  {n:<7}{size_text(size):>11}  {self.details[n]}".rstrip() for n, size in sizes.items()]
+        lines.append(f"  {'left':<7}{size_text(room.free - sum(sizes.values())):>11}")
+        return lines
+
+
+def plan_budget(settings: Settings, target: Target, sizes: Sizes, device: Room, host: Room) -> Budget:
+    """Share out the memory.
+
+    Args:
+        device: what is free where the base goes; on a CPU the same as `host`.
+        host: what is free on the machine.
+
+    Raises:
+        StartError: it does not fit. One line with the numbers and the settings that would make it fit.
+    """
+    planner = _Planner(settings, target, sizes, device, host)
+    wish = planner.wish()
+    deficit = planner.deficit(wish)
+    if deficit > 0:
+        raise StartError(planner.refusal(wish, deficit))
+    planner.check_host(wish)
+    return planner.budget(wish)
+
+
+@dataclass(frozen=True)
+class _Planner:
+    settings: Settings
+    target: Target
+    sizes: Sizes
+    device: Room
+    host: Room
+
+    @property
+    def one_memory(self) -> bool:
+        return self.target.device.type == "cpu"
+
+    @property
+    def share(self) -> float:
+        return SHARE[self.target.device.type]
+
+    def wish(self) -> Wish:
+        """What the settings ask for; the arena is not made larger than all experts can use.
+
+        Raises:
+            StartError: residency.bytes has no room for the largest expert.
+        """
+        unit = self.unit(self.target.dtype)
+        ranks = [self.sizes.rank(expert) for expert in self.sizes.experts]
+        largest = max(ranks, default=1)
+        allowed = self.settings.residency.bytes
+        if allowed < largest * unit:
+            raise StartError(
+                f"residency.bytes is {allowed}; the largest expert alone needs {largest * unit}, "
+                f"all of them {sum(ranks) * unit}"
+            )
+        # Room for every expert, as much again for merges, and for experts loaded later.
+        rows = min(allowed // unit, 2 * sum(ranks) + 16 * largest)
+        engine = self.settings.engine
+        return Wish(
+            dtype=self.target.dtype,
+            quantization=self.target.quantization,
+            slot_bytes=rows * unit,
+            kv_tokens=engine.kv_tokens,
+            step_tokens=engine.max_batch_tokens,
+            running=engine.max_running,
+        )
+
+    def unit(self, dtype: torch.dtype) -> int:
+        return row_bytes(self.sizes.shapes, dtype)
+
+    def base(self, wish: Wish) -> int:
+        return self.sizes.blueprint.weight_bytes(wish.dtype, wish.quantization)
+
+    def pool(self, wish: Wish) -> int:
+        return self.sizes.pool_bytes(wish.dtype, pinned=not self.one_memory)
+
+    def remaining(self, wish: Wish) -> int:
+        """What base, slots and, in one memory, pool and router leave."""
+        taken = self.base(wish) + wish.slot_bytes + OVERHEAD[self.target.device.type]
+        if self.one_memory:
+            taken += self.pool(wish) + self.sizes.router_bytes
+        return self.device.free - taken
+
+    def step(self, wish: Wish) -> int:
+        return self.sizes.blueprint.step_bytes(wish.dtype, wish.step_tokens, wish.running)
+
+    def token(self, wish: Wish) -> int:
+        """Bytes for one token of cache, with what attending to it takes."""
+        blueprint = self.sizes.blueprint
+        return blueprint.kv_token_bytes(wish.dtype) + blueprint.gathered_token_bytes(
+            wish.dtype, wish.step_tokens
+        )
+
+    def least_tokens(self, wish: Wish) -> int:
+        """The cache that the start depends on: the one asked for, or the least that is of use."""
+        return wish.kv_tokens or min(LEAST_KV_TOKENS, self.sizes.blueprint.positions)
+
+    def tokens_that_fit(self, wish: Wish) -> int:
+        usable = int(self.remaining(wish) * self.share) - self.step(wish)
+        pages = usable // self.token(wish) // EngineLimits.page_size
+        return max(0, (pages - 2) * EngineLimits.page_size)  # two pages are kept for padding
+
+    def deficit(self, wish: Wish) -> int:
+        """Bytes that are missing for the least cache; 0 or less when it fits."""
+        pages = -(-self.least_tokens(wish) // EngineLimits.page_size) + 2
+        needed = pages * EngineLimits.page_size * self.token(wish) + self.step(wish)
+        return int(needed / self.share) + 1 - self.remaining(wish)
+
+    def refusal(self, wish: Wish, deficit: int) -> str:
+        needed = self.device.free + deficit
+        least = self.least_tokens(wish)
+        kv = least * self.sizes.blueprint.kv_token_bytes(wish.dtype)
+        parts = {
+            "base": self.base(wish),
+            "pool": self.pool(wish) if self.one_memory else 0,
+            "slots": wish.slot_bytes,
+            "kv": kv,
+            "step": self.step(wish) + least * self.token(wish) - kv,
+            "router": self.sizes.router_bytes if self.one_memory else 0,
+        }
+        parts["reserve"] = needed - sum(parts.values())
+        listed = " + ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+        ways = self.ways_out(wish, deficit)
+        advice = (
+            f"any one of these makes it fit: {', '.join(ways)}"
+            if ways
+            else "no one setting makes it fit: lower residency.bytes, engine.kv_tokens, "
+            "engine.max_batch_tokens and engine.max_running, set quantization to nf4, or take a smaller base"
+        )
+        free = f"{size_text(self.device.free)} are free on {self.device.name}"
+        return f"{size_text(needed)} of memory are needed, {free} ({listed}); {advice}"
+
+    def ways_out(self, wish: Wish, deficit: int) -> list[str]:
+        """Settings of which each alone would make it fit."""
+        ways = []
+        if wish.kv_tokens is not None and (tokens := self.tokens_that_fit(wish)) >= LEAST_KV_TOKENS:
+            ways.append(f"engine.kv_tokens at most {tokens}")
+        largest = max((self.sizes.rank(expert) for expert in self.sizes.experts), default=1)
+        if wish.slot_bytes - deficit >= largest * self.unit(wish.dtype):
+            ways.append(f"residency.bytes at most {wish.slot_bytes - deficit}")
+        others = {
+            "quantization: nf4": replace(wish, quantization="nf4"),
+            "dtype: bfloat16": self._narrowed(wish),
+            "engine.max_batch_tokens: 64": replace(wish, step_tokens=min(64, wish.step_tokens)),
+            "engine.max_running: 4": replace(wish, running=min(4, wish.running)),
+        }
+        return ways + [way for way, other in others.items() if self.deficit(other) <= 0]
+
+    def _narrowed(self, wish: Wish) -> Wish:
+        if wish.dtype != torch.float32:
+            return wish
+        return replace(wish, dtype=torch.bfloat16, slot_bytes=wish.slot_bytes // 2)
+
+    def check_host(self, wish: Wish) -> None:
+        """Beside a GPU, the pool must fit into the machine's own memory.
+
+        Raises:
+            StartError: it does not.
+        """
+        needed = self.pool(wish) + self.sizes.router_bytes + OVERHEAD["cpu"]
+        if not self.one_memory and needed > self.host.free:
+            raise StartError(
+                f"the pool's {len(self.sizes.experts)} experts and the router need {size_text(needed)} of "
+                f"{self.host.name}, {size_text(self.host.free)} are free; serve a pool with fewer experts"
+            )
+
+    def budget(self, wish: Wish) -> Budget:
+        blueprint = self.sizes.blueprint
+        tokens = wish.kv_tokens or min(wish.running * blueprint.positions, self.tokens_that_fit(wish))
+        rows = wish.slot_bytes // self.unit(wish.dtype)
+        gathered = blueprint.gathered_token_bytes(wish.dtype, wish.step_tokens)
+        kind = wish.quantization if wish.quantization != "none" else self.target.dtype_name
+        return Budget(
+            device=self.device,
+            host=None if self.one_memory else self.host,
+            base=self.base(wish),
+            pool=self.pool(wish),
+            slots=wish.slot_bytes,
+            kv=tokens * blueprint.kv_token_bytes(wish.dtype),
+            step=self.step(wish) + tokens * gathered,
+            router=self.sizes.router_bytes,
+            rows=rows,
+            kv_tokens=tokens,
+            details={
+                "base": f"{blueprint.parameters / 1e6:,.1f} M parameters, {kind}",
+                "pool": f"{len(self.sizes.experts)} experts in memory of the host",
+                "slots": f"{rows} rows of adapters",
+                "kv": f"{tokens} tokens",
+                "step": f"{wish.step_tokens} tokens a step",
+                "router": "",
+            },
+        )
+
+
+def router_bytes(pool: Pool, encoder: str | None) -> int:
+    """Bytes of the router's tensors, with those of an encoder from elsewhere if one is set."""
+    folders = [pool.router_dir]
+    if encoder is not None:
+        folders.append(Path(encoder))
+    return sum(file.stat().st_size for folder in folders for file in folder.rglob("*.safetensors"))
+
+
+def size_text(size: int) -> str:
+    """`1.5 GiB`, for people."""
+    value, units = float(size), ["B", "KiB", "MiB", "GiB"]
+    while abs(value) >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
