@@ -6,7 +6,6 @@ dotted suffix of it, else from `r` and `lora_alpha`.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -14,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from loramux.adapters.adapter_files import read_object
 from loramux.adapters.errors import AdapterFormatError, BaseMismatchError, UnsupportedAdapterError
 
 MAX_PATTERN = 1000
+MAX_ALPHA = 1e6
 T = TypeVar("T")
-
-MAX_CONFIG_BYTES = 4 * 2**20
 
 _NO_EFFECT = frozenset(
     {
@@ -125,7 +124,7 @@ def read_settings(path: Path, *, base_id: str, any_base: bool) -> LoraSettings:
         UnsupportedAdapterError: not a plain LoRA; the message names the field.
         BaseMismatchError: it names another base than `base_id` and `any_base` is False.
     """
-    fields = _read_object(path)
+    fields = read_object(path)
     _refuse_unsupported(fields, path)
     named = fields.get("base_model_name_or_path")
     if named and named != base_id and not any_base:
@@ -146,19 +145,6 @@ def read_settings(path: Path, *, base_id: str, any_base: bool) -> LoraSettings:
         exclude_modules=_names(fields, path, "exclude_modules"),
         selects_layers=bool(fields.get("layers_to_transform")) or fields.get("layers_to_transform") == 0,
     )
-
-
-def _read_object(path: Path) -> Mapping[str, object]:
-    size = path.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise AdapterFormatError(f"{path}: {size} bytes is too large for an adapter config")
-    try:
-        fields = json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise AdapterFormatError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise AdapterFormatError(f"{path}: expected a JSON object, got {type(fields).__name__}")
-    return fields
 
 
 def _refuse_unsupported(fields: Mapping[str, object], path: Path) -> None:
@@ -198,8 +184,10 @@ def _rank(value: object, path: Path, name: str) -> int:
 
 
 def _alpha(value: object, path: Path, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterFormatError(f"{path}: alpha {name!r} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
+        raise AdapterFormatError(
+            f"{path}: alpha {name!r} must be a number of at most {MAX_ALPHA:g}, got {value!r}"
+        )
     return float(value)
 
 

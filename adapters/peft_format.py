@@ -15,18 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loramux.adapters.adapter_files import CONFIG_FILE, TENSOR_FILE, confined
 from loramux.adapters.base_shapes import BaseShapes
-from loramux.adapters.errors import (
-    AdapterFormatError,
-    AdapterPathError,
-    UnsupportedAdapterError,
-)
+from loramux.adapters.errors import AdapterFormatError
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.peft_config import LoraSettings, read_settings
 from loramux.adapters.peft_tensors import StackShape, read_shapes, read_stacks
-
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
 
 
 def read_lora(
@@ -59,8 +53,8 @@ def read_lora(
         BaseMismatchError: made for another base, by name, by modules or by shapes.
     """
     folder = Path(directory)
-    settings = read_settings(_confined(folder, CONFIG_FILE, root), base_id=base.id, any_base=any_base)
-    path = _confined(folder, TENSOR_FILE, root)
+    settings = read_settings(confined(folder, CONFIG_FILE, root), base_id=base.id, any_base=any_base)
+    path = confined(folder, TENSOR_FILE, root)
     stacks = read_stacks(path, settings, base, dtype)
     modules = sorted(module for stack in stacks for module in stack.modules)
     content_hash = _content_hash(path, {module: settings.scale(module) for module in modules})
@@ -80,25 +74,8 @@ def measure_lora(
         AdapterError: as `read_lora`, as far as config and header show it.
     """
     folder = Path(directory)
-    settings = read_settings(_confined(folder, CONFIG_FILE, root), base_id=base.id, any_base=any_base)
-    return read_shapes(_confined(folder, TENSOR_FILE, root), settings, base)
-
-
-def _confined(folder: Path, name: str, root: str | Path | None) -> Path:
-    """The resolved path of a file of the directory, if it exists and stays inside."""
-    if not folder.is_dir():
-        raise AdapterFormatError(f"{folder}: no such directory")
-    path = (folder / name).resolve()
-    if not path.is_relative_to(Path(root if root is not None else folder).resolve()):
-        raise AdapterPathError(f"{folder / name}: leads to {path}, outside the allowed directory")
-    if path.is_file():
-        return path
-    if name == TENSOR_FILE and (folder / "adapter_model.bin").exists():
-        raise UnsupportedAdapterError(
-            f"{folder}: only adapter_model.bin is there, a pickle, which is never opened; save the adapter "
-            f"again as {TENSOR_FILE} (PEFT does so by default)"
-        )
-    raise AdapterFormatError(f"{folder}: {name} is missing")
+    settings = read_settings(confined(folder, CONFIG_FILE, root), base_id=base.id, any_base=any_base)
+    return read_shapes(confined(folder, TENSOR_FILE, root), settings, base)
 
 
 def _content_hash(path: Path, scales: Mapping[str, float]) -> str:

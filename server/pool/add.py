@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loramux.adapters.peft_format import CONFIG_FILE, TENSOR_FILE, read_lora
+from loramux.adapters.adapter_files import CONFIG_FILE, TENSOR_FILE
+from loramux.adapters.peft_format import read_lora
 from loramux.adapters.training.rows import Row, user_text
 from loramux.router.fit.router import add_expert as add_to_router
 from loramux.router.header import read_header

@@ -50,6 +50,7 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], type[AdapterError], str]] = [
     ({"r": "4"}, AdapterFormatError, "rank 'r'"),
     ({"r": True}, AdapterFormatError, "rank 'r'"),
     ({"lora_alpha": float("nan")}, AdapterFormatError, "lora_alpha"),
+    ({"lora_alpha": 10**400}, AdapterFormatError, "lora_alpha"),
     ({"lora_alpha": None}, AdapterFormatError, "lora_alpha"),
     ({"lora_alpha": 0}, AdapterFormatError, "delta W is zero"),
     ({"use_rslora": "yes"}, AdapterFormatError, "use_rslora"),
