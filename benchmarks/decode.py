@@ -89,7 +89,9 @@ async def prefill(bench: Bench) -> Result:
     result = Result()
     for requests, prompt, mixed in ((1, 256, (1,)), (16, 32, (1, 8))):
         name = f"{requests} x {prompt} tokens"
-        kinds = {"base": bare(requests)} | {f"{n} blends": distinct(rig, requests, n) for n in mixed}
+        kinds = {"base": bare(requests)} | {
+            "1 blend" if n == 1 else f"{n} blends": distinct(rig, requests, n) for n in mixed
+        }
         found = await alternate(
             {kind: case(rig, blends, prompt=prompt, tokens=1) for kind, blends in kinds.items()},
             bench.repeats,

@@ -9,12 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import torch
+from transformers import LlamaForCausalLM
 
 from benchmarks import machine
 from benchmarks.bench import Bench
 from benchmarks.report import Result, ratios
-from benchmarks.rig import Rig
+from benchmarks.rig import WEIGHTS, Rig
+from benchmarks.shapes import SPREAD
+from loramux.adapters.arena import Arena
+from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.blend import Blend
+from loramux.adapters.residency import Residency
+from tests.tiny import random_adapter
 
 MIB = 2**20
 BANDWIDTH_BYTES = 2**30
@@ -72,26 +79,32 @@ def start_server() -> Start:
 
 async def memory(bench: Bench) -> Result:
     """Bytes on the device of one expert, and of blends of three resident experts."""
-    rig = await bench.rig()
-    rig.forget(range(bench.shape.experts))
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(bench.shape.config())
+    shapes = BaseShapes.from_model(skeleton, bench.shape.name)
+    experts = {name: random_adapter(shapes, bench.shape.rank, name, SPREAD) for name in ("a", "b", "c")}
+    residency = Residency(experts, Arena(shapes, 4 * bench.shape.rank))
+
+    def blend(*weights: float, method: str = "exact") -> Blend:
+        held = zip(experts.values(), weights, strict=False)
+        return Blend.of([(expert.id, expert.content_hash, weight) for expert, weight in held], method=method)
+
     stages = {
-        "one expert": rig.blend([0], [1.0]),
-        "two more": rig.blend([0, 1, 2]),
-        "another exact blend of the same three": rig.blend([0, 1, 2], (0.2, 0.5, 0.3)),
-        "their svd blend": rig.blend([0, 1, 2], method="svd"),
+        "one expert": blend(1.0),
+        "two more": blend(*WEIGHTS),
+        "another exact blend of the same three": blend(*reversed(WEIGHTS)),
+        "their svd blend": blend(*WEIGHTS, method="svd"),
     }
     result = Result()
-    gate = 0
-    for name, blend in stages.items():
-        before = rig.residency.stats().used_bytes
-        async with rig.residency.lease(blend) as lease:
-            used = rig.residency.stats().used_bytes - before
+    for name, asked in stages.items():
+        before = residency.stats().used_bytes
+        async with residency.lease(asked) as lease:
+            used = residency.stats().used_bytes - before
             gate = lease.handle.slot.gate.nbytes if lease.handle is not None else 0
         result.add(f"{name}: copied", used / MIB, "MiB")
         if name.startswith("another"):
             result.add(f"{name}: gate", gate, "bytes")
-    result.facts["host bytes of all experts"] = rig.residency.stats().host_bytes
-    await rig.drive([rig.mixture(number) for number in range(8)], prompt=16, tokens=2)
+    result.add("three experts on the host", residency.stats().host_bytes / MIB, "MiB")
     return result
 
 

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any
 
 SCENARIOS = ("decode", "traffic", "prefill", "base_only", "decode_nf4")
-WIDTH, LEFT, RIGHT, TOP, STEP, BAR = 860, 330, 70, 84, 30, 16
+WIDTH, LEFT, RIGHT, TOP, STEP, BAR = 860, 300, 70, 84, 30, 16
 INK, FAINT, MET, MISSED, PLAIN = "#1f2933", "#d9dee4", "#2f7d5b", "#c2571a", "#6b8cae"
 
 

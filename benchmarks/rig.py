@@ -29,8 +29,8 @@ Found = TypeVar("Found")
 #: With n, the places of the other two experts of a mixture; no two of 4 x 8 mixtures of 8 experts are equal.
 STEPS = ((1, 3), (1, 4), (2, 5), (1, 5))
 WEIGHTS = (0.6, 0.3, 0.1)
-#: The server's defaults, but for the cache, which no scenario fills.
-LIMITS = EngineLimits(kv_tokens=16384, max_batch_tokens=512)
+#: The server's defaults, but for a cache no larger than the scenarios need.
+LIMITS = EngineLimits(kv_tokens=4096, max_batch_tokens=512)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ PROMISED = {
     ],
     "decode": ["1 request, 1 blend: of base", "16 requests, 8 blends: of base"],
     "traffic": ["16 requests, identical: of base", "32 requests, distinct: of base", "32 requests, zipf"],
-    "prefill": ["1 x 256 tokens, 1 blends: of base", "16 x 32 tokens, 8 blends: of base"],
+    "prefill": ["1 x 256 tokens, 1 blend: of base", "16 x 32 tokens, 8 blends: of base"],
     "base_only": ["1 request: with, of without a pool", "16 requests: with, of without a pool"],
     "first_token": ["new exact blend, experts not resident: over cached", "new svd blend: over cached"],
     "streams": [
@@ -46,11 +46,6 @@ PROMISED = {
     "memory": ["one expert: copied", "another exact blend of the same three: copied"],
     "floor": ["memory, reading", "1 request, base: of the floor"],
 }
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(RUN), *arguments]
-    return subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,8 @@ class Suite:
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
     saved = tmp_path_factory.mktemp("results")
-    done = run("--shape", "tiny", "--repeats", "1", "--save", str(saved))
+    command = [sys.executable, str(RUN), "--shape", "tiny", "--repeats", "1", "--save", str(saved)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     return Suite(done.stdout, saved)
 
@@ -119,16 +115,23 @@ def test_the_plot_is_drawn_with_every_ratio(suite: Suite) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_its_part_is_skipped_with_a_reason() -> None:
-    done = run("--device", "cuda")
-    assert (done.returncode, done.stdout) == (0, "")
-    assert "no CUDA GPU" in done.stderr
+def test_without_a_gpu_its_part_is_skipped_with_a_reason(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--device", "cuda"])
+    importlib.import_module("benchmarks.suite").main()
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "no CUDA GPU" in said.err
 
 
-def test_a_scenario_of_the_other_device_is_refused() -> None:
-    done = run("--only", "decode_nf4")
-    assert done.returncode == 2
-    assert "decode_nf4" in done.stderr
+def test_a_scenario_of_the_other_device_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "decode_nf4"])
+    with pytest.raises(SystemExit):
+        importlib.import_module("benchmarks.suite").main()
+    assert "decode_nf4" in capsys.readouterr().err
 
 
 def test_nothing_is_timed_when_the_engine_is_wrong(tmp_path: Path) -> None:
