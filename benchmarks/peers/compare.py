@@ -52,7 +52,6 @@ from .files import DEFAULT_CACHE, EXPERTS, RANK, SHAPE, Files, make, prompts
 from .merging import MERGED, time_merges
 
 SCENARIOS = {"base": "base", "8 adapters": "adapter", "8 blends": "blend"}
-GIB_FIRST, GIB_EACH = 6.0, 3.5
 
 Runs = dict[str, dict[str, list[Run]]]
 
@@ -261,20 +260,19 @@ def result_of(
     }
 
 
-def refuse_without_memory(count: int) -> None:
-    """All engines of a dtype live at once.
+def refuse_without_memory(engines: Sequence[Engine]) -> None:
+    """All engines of a dtype live at once, each with weights of its own.
 
     Raises:
-        SystemExit: that many do not fit.
+        SystemExit: they do not fit.
     """
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") / 2**30
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) / 2**20
-    needed = GIB_FIRST + GIB_EACH * (count - 1)
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
+    size = {"float32": 1.0, "bfloat16": 0.5}
+    needed = sum(e.gib + size[e.dtype] * e.files.weight_bytes / 2**30 for e in engines)
     if free < needed:
         raise SystemExit(
-            f"{count} engines need about {needed:.0f} GiB, {free:.0f} are free; name fewer --peers"
+            f"{len(engines)} engines need about {needed:.0f} GiB, {free:.0f} are free; name fewer --peers"
         )
 
 
@@ -301,7 +299,7 @@ def main() -> None:
     results: dict[str, Comparison] = {}
     for dtype in arguments.dtypes:
         comparison = Comparison(files, arguments.cache, dtype, arguments)
-        refuse_without_memory(len(comparison.engines))
+        refuse_without_memory(comparison.engines)
         versions = {engine.name: engine.versions() for engine in comparison.engines}
         try:
             asyncio.run(comparison.measure())

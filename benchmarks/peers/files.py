@@ -41,6 +41,11 @@ class Files:
     pool: Path
 
     @property
+    def weight_bytes(self) -> int:
+        """Of the base and all adapters, in float32."""
+        return sum(file.stat().st_size for file in self.pool.rglob("*.safetensors"))
+
+    @property
     def base(self) -> Path:
         return self.pool / "base"
 
