@@ -112,11 +112,13 @@ class MixtureFfn:
         router: `[experts, hidden]` float32.
         projections: name of a linear inside the block (`gate_proj`, `up_proj`, `down_proj`; `fc1`, `fc2`;
             `gate_up_proj`, `down_proj`) -> its experts. A projection that is missing has no delta.
+        activation: what the experts were trained with, by its name in transformers; `None` is the base's own.
     """
 
     router: Tensor
     projections: Mapping[str, ExpertFactors]
     routing: FfnRouting
+    activation: str | None = None
 
     @property
     def experts(self) -> int:
