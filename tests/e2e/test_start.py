@@ -1,5 +1,6 @@
 """Starting: in 4 bits, with a damaged pool, and the way out."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -66,3 +67,18 @@ def test_a_damaged_pool_stops_the_start_with_one_line(
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
     assert name in done.stderr
+
+
+def test_a_cache_that_cannot_fit_stops_the_start_with_the_numbers_before_anything_is_loaded() -> None:
+    done = subprocess.run(
+        [*COMMAND, "serve", "--port", "0", "--set", "engine.kv_tokens=9000000000"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert re.search(
+        r"GiB of memory are needed, [\d.]+ \w+ are free .*kv .*engine\.kv_tokens at most \d+", done.stderr
+    )
