@@ -24,11 +24,13 @@ class Batch:
     ids: (rows, tokens) int64, padded on the right; under causal attention padding needs no mask.
     targets: (rows, tokens) int64, the token that follows each position, or `IGNORED`.
     count: how many targets are not ignored.
+    real: (rows, tokens) bool, false where a row is padded.
     """
 
     ids: Tensor
     targets: Tensor
     count: int
+    real: Tensor
 
 
 def collate(rows: Sequence[EncodedRow], pad_id: int, answers_only: bool) -> Batch:
@@ -41,7 +43,9 @@ def collate(rows: Sequence[EncodedRow], pad_id: int, answers_only: bool) -> Batc
         ids[index, : len(row)] = tokens
         first = max(row.answer_start, 1) if answers_only else 1
         targets[index, first - 1 : len(row) - 1] = tokens[first:]
-    return Batch(ids=ids, targets=targets, count=int((targets != IGNORED).sum()))
+    lengths = torch.tensor([len(row) for row in rows])
+    real = torch.arange(width) < lengths[:, None]
+    return Batch(ids=ids, targets=targets, count=int((targets != IGNORED).sum()), real=real)
 
 
 def by_length(rows: Sequence[EncodedRow], batch_tokens: int) -> list[list[EncodedRow]]:

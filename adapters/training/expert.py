@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from loramux.adapters.peft_format import CONFIG_FILE, TENSOR_FILE
+from loramux.adapters.adapter_files import CONFIG_FILE, TENSOR_FILE
 from loramux.adapters.training.errors import DivergedError, OptionError
 from loramux.adapters.training.evaluate import loss_per_token
 from loramux.adapters.training.frozen import unpack_linears

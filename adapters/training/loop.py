@@ -1,4 +1,4 @@
-"""The one training loop, shared by bases and experts."""
+"""The one training loop, shared by bases, experts and sparse models."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from loramux.adapters.training.errors import DivergedError, OptionError
 from loramux.adapters.training.progress import Ticker
 
 _SMOOTHING = 0.95
+_SEED_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +80,18 @@ def token_losses(model: Any, batch: Batch) -> Tensor:
     return cross_entropy(logits.float(), targets, reduction="none")
 
 
+Penalty = Callable[[Batch], Tensor]
+
+
 def _step(
-    model: Any, optimisers: Sequence[torch.optim.Optimizer], batches: Sequence[Batch], clip: float
+    model: Any,
+    optimisers: Sequence[torch.optim.Optimizer],
+    batches: Sequence[Batch],
+    clip: float,
+    penalty: Penalty | None,
 ) -> tuple[float, int]:
-    """One optimiser step; mean loss per token and the number of tokens it is a mean over."""
+    """One optimiser step; mean loss per token, without penalty, and the number of tokens it is a mean
+    over."""
     count = sum(batch.count for batch in batches)
     if count == 0:
         return float("nan"), 0
@@ -90,8 +99,10 @@ def _step(
     for batch in batches:
         if batch.count:
             loss = token_losses(model, batch).sum() / count
-            loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+            if penalty is not None:
+                loss = loss + penalty(batch) * (batch.count / count)
+            loss.backward()  # type: ignore[no-untyped-call]
     parameters = [p for o in optimisers for group in o.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, clip)
     for optimiser in optimisers:
@@ -110,6 +121,8 @@ def train(
     fingerprint: str,
     label: str,
     on_checkpoint: Callable[[], str] | None = None,
+    penalty: Penalty | None = None,
+    seed: int | None = None,
 ) -> checkpoint.Progress:
     """Train the parameters that ask for gradients until the options say stop.
 
@@ -125,6 +138,9 @@ def train(
         fingerprint: stands for every input of the run.
         label: shown beside the progress.
         on_checkpoint: called after each checkpoint; its text is printed.
+        penalty: called after each forward pass; added to the mean loss per token, but not reported with it.
+        seed: makes what a step draws (dropout, router noise) depend on it and the step's number alone, so
+            that a resumed run draws the same. torch's generator is seeded by it.
 
     Raises:
         DivergedError: the loss is not a finite number.
@@ -142,7 +158,9 @@ def train(
             started = time.monotonic()
             for group, peak in zip(groups, peaks, strict=True):
                 group["lr"] = peak * options.rate(fraction)
-            loss, count = _step(model, optimisers, batches.step(step), options.clip)
+            if seed is not None:
+                torch.manual_seed(seed * _SEED_STRIDE + step)
+            loss, count = _step(model, optimisers, batches.step(step), options.clip, penalty)
             if count and not math.isfinite(loss):
                 raise DivergedError(f"{label}: the loss is {loss} at step {step}; lower the learning rate")
             if count:

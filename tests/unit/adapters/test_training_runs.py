@@ -186,7 +186,7 @@ def test_a_killed_expert_goes_on_where_it_was(expert, base, tmp_path, monkeypatc
     every_step = dataclasses.replace(
         LoopOptions(max_steps=whole.steps, max_minutes=None), checkpoint_minutes=0
     )
-    monkeypatch.setattr("loramux.adapters.training.expert.LoopOptions", lambda **_: every_step)
+    monkeypatch.setattr("loramux.adapters.training.run.LoopOptions", lambda **_: every_step)
     monkeypatch.setattr(loop, "_step", die_later)
     with pytest.raises(KeyboardInterrupt):
         train_expert(model, tokenizer, rows, unseen, tmp_path / "cut", options, base_id="b")
