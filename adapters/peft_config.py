@@ -141,8 +141,8 @@ def read_settings(path: Path, *, base_id: str, any_base: bool) -> LoraSettings:
         use_rslora=rslora,
         rank_patterns=_patterns(fields, path, "rank_pattern", _rank),
         alpha_patterns=_patterns(fields, path, "alpha_pattern", _alpha),
-        target_modules=_names(fields, path, "target_modules"),
-        exclude_modules=_names(fields, path, "exclude_modules"),
+        target_modules=module_names(fields, path, "target_modules"),
+        exclude_modules=module_names(fields, path, "exclude_modules"),
         selects_layers=bool(fields.get("layers_to_transform")) or fields.get("layers_to_transform") == 0,
     )
 
@@ -204,7 +204,12 @@ def _patterns(
     )
 
 
-def _names(fields: Mapping[str, object], path: Path, name: str) -> tuple[str, ...] | str | None:
+def module_names(fields: Mapping[str, object], path: Path, name: str) -> tuple[str, ...] | str | None:
+    """A field that selects modules: names, or a regular expression for whole paths.
+
+    Raises:
+        AdapterFormatError: of another type, or an expression that is too long or could take too long.
+    """
     value = fields.get(name)
     if isinstance(value, str):
         _compile(value, path, name)
