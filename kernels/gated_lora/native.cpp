@@ -38,12 +38,17 @@ enum { SHRINK = 1, EXPAND = 2 };
 
 // Tokens of a strip: their inputs stay in the cache while the rows pass.
 static const int64_t STRIP_TOKENS = 24;
-// Columns of B at a time where several tokens share them: four cache lines of every row.
-static const int64_t TILE = 64;
-// Columns at a time of a single token, a multiple of TILE.
+// Where several tokens share rows of B, a tile of so many rows and columns is copied for them. A narrower one
+// would jump from row to row more often, which memory is slow at.
+static const int64_t TILE = 256;
+static const int64_t TILE_ROWS = 32;
+// Columns at a time of a single token.
 static const int64_t STREAM = 1024;
+// A thread's columns begin at a multiple of this.
+static const int64_t ALIGN = 64;
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#include <immintrin.h>
 #define DISPATCH 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
