@@ -4,21 +4,29 @@ A and B hold the rows of many adapters, stacked along the rank; only the gate `g
 row, and how much of it. One batch may therefore mix requests with different blends.
 """
 
+from importlib.util import find_spec
+
 import torch
 
 from loramux.kernels.gated_lora.dense import DenseForm
 from loramux.kernels.gated_lora.form import Bound, Form
 from loramux.kernels.gated_lora.native import FUNCTIONS, NativeForm, library
-from loramux.kernels.gated_lora.plan import GateSlot, Plan, plan_step
+from loramux.kernels.gated_lora.plan import BARE, GateSlot, Plan, Slot, plan_step
 from loramux.kernels.gated_lora.reference import dense_gate, gated_lora_reference
+from loramux.kernels.gated_lora.shares import Adding, Share, TokenSlot
 
 __all__ = [
+    "BARE",
+    "Adding",
     "Bound",
     "DenseForm",
     "Form",
     "GateSlot",
     "NativeForm",
     "Plan",
+    "Share",
+    "Slot",
+    "TokenSlot",
     "choose_form",
     "dense_gate",
     "gated_lora_reference",
@@ -30,4 +38,8 @@ def choose_form(device: torch.device, activations: torch.dtype, factors: torch.d
     """The fastest form that this machine has for inputs and factors of these kinds."""
     if device.type == "cpu" and (activations, factors) in FUNCTIONS and library() is not None:
         return NativeForm(activations, factors)
+    if device.type == "cuda" and activations == factors and find_spec("triton") is not None:
+        from loramux.kernels.gated_lora.cuda import TritonForm  # compiles, and needs triton
+
+        return TritonForm()
     return DenseForm()

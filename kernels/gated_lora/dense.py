@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loramux.kernels.gated_lora.form import Bound
-from loramux.kernels.gated_lora.plan import LONG_SEGMENT, Extent, GateSlot, Plan, Segment
+from loramux.kernels.gated_lora.plan import BARE, LONG_SEGMENT, Extent, GateSlot, Plan, Segment
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class DenseForm:
     at a handful of tokens the number of calls costs more than the rows that are multiplied by zero."""
 
     def __init__(self) -> None:
-        self._plan = Plan()
+        self._plan = BARE
         self._runs: list[Run] = []
 
     def bind(self, plan: Plan, module: str, a: Tensor, b: Tensor) -> Bound | None:
@@ -46,6 +46,7 @@ def bind_runs(runs: Sequence[Run], module: str, a: Tensor, b: Tensor) -> Bound |
         return None
 
     def apply(y: Tensor, x: Tensor) -> None:
+        x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for tokens, rows_a, gate, rows_b in pieces:
             hidden = linear(x[tokens], rows_a)  # [t, r]
             if hidden.dtype == gate.dtype:

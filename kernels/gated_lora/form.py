@@ -7,7 +7,8 @@ from torch import Tensor
 
 from loramux.kernels.gated_lora.plan import Plan
 
-#: Adds a module's part of the plan to `y` [T, out] in place, given its input `x` [T, in].
+#: Adds a module's part of the plan to `y` [..., out] in place, given its input `x` [..., in]; the leading
+#: dimensions are the packed tokens, and `y` is contiguous.
 Bound = Callable[[Tensor, Tensor], None]
 
 

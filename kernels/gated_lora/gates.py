@@ -6,6 +6,7 @@ makes them cheap. Routers, softmax and gates are float32 whatever the factors ar
 """
 
 from collections.abc import Callable, Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -54,6 +55,10 @@ class Shrink:
         else:
             self._stacked, self._router = a, router
 
+    @property
+    def nbytes(self) -> int:
+        return self._stacked.nbytes + (0 if self._router is None else self._router.nbytes)
+
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         both = linear(x if x.dtype == self._stacked.dtype else x.to(self._stacked.dtype), self._stacked)
         if self._router is None:
@@ -77,6 +82,10 @@ class RankGated:
         self._bt = _scaled(b.T, factor, a.dtype)
         self._experts = experts
         self.watch: Watch | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self._shrink.nbytes + self._bt.nbytes
 
     def add_(self, y: Tensor, x: Tensor) -> None:
         """Add to y [T, out] in place, given x [T, in]."""
@@ -114,6 +123,16 @@ class ExpertGated:
         self._gate = gate
         self.watch: Watch | None = None
 
+    def with_gate(self, gate: Callable[[Tensor], Tensor]) -> "ExpertGated":
+        """The same factors, gated otherwise; nothing is copied."""
+        other = copy(self)
+        other._gate = gate
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        return self._shrink.nbytes + self._bt.nbytes
+
     def add_(self, y: Tensor, x: Tensor) -> None:
         """Add to y [T, out] in place, given x [T, in]."""
         hidden, products = self._shrink(x)
@@ -129,6 +148,10 @@ class Ungated:
     def __init__(self, a: Tensor, b: Tensor, factor: float) -> None:
         self._a = a
         self._bt = _scaled(b.T, factor, a.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self._a.nbytes + self._bt.nbytes
 
     def add_(self, y: Tensor, x: Tensor) -> None:
         """Add to y [T, out] in place, given x [T, in]."""

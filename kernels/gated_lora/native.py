@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loramux.kernels.gated_lora.blocks import RowBlock, row_blocks
 from loramux.kernels.gated_lora.form import Bound
-from loramux.kernels.gated_lora.plan import Plan
+from loramux.kernels.gated_lora.plan import BARE, Plan
 
 #: (dtype of activations, dtype of factors) -> kernel
 FUNCTIONS = {
@@ -21,7 +21,7 @@ FUNCTIONS = {
 STRIP_ROWS, STRIP_TOKENS = 4, 24
 #: Below this many products a module is not worth waking a second thread for.
 SERIAL = 32768
-SHRINK, EXPAND = 1, 2
+SHRINK, EXPAND, BOTH = 1, 2, 3
 
 
 class Call(ctypes.Structure):
@@ -70,7 +70,7 @@ class NativeForm:
         if found is None or name is None:
             raise RuntimeError(f"there is no native gated_lora for {activations} with {factors} factors here")
         self._function = getattr(found, name)
-        self._plan = Plan()
+        self._plan = BARE
         self._blocks: list[RowBlock] = []
         self._tables: dict[tuple[int, ...], Table] = {}
 
@@ -126,6 +126,6 @@ class Table:
 
         def apply(y: Tensor, x: Tensor, owners: object = owners) -> None:  # noqa: ARG001
             x = x.contiguous()
-            function(address, y.data_ptr(), x.data_ptr(), SHRINK | EXPAND)
+            function(address, y.data_ptr(), x.data_ptr(), BOTH)
 
         return apply

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from loramux.kernels.gated_lora.shares import Share, TokenSlot, share_out
+
 Extent = tuple[int, int]
 
 #: From this many tokens on, a request gets matrix products of its own over the rows it uses; shorter ones are
@@ -35,6 +37,10 @@ class GateSlot:
         return sorted(zip(self.extents, gates, strict=True), key=lambda part: part[0])
 
 
+#: What a request of a step may use.
+Slot = GateSlot | TokenSlot
+
+
 @dataclass(frozen=True, eq=False)
 class Segment:
     """The packed tokens `start` to `start + length` belong to one request, which uses `slot`."""
@@ -54,26 +60,34 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The segments of a step that use adapters. An empty plan is a batch of the bare base.
+    """The segments of a step that use blends, and the shares of slots whose gates depend on the token. An
+    empty plan is a batch of the bare base.
 
     Plans are compared by identity: what a layer derives from one stays valid for as long as it is the same
     object.
     """
 
     segments: tuple[Segment, ...] = ()
+    shares: tuple[Share, ...] = ()
 
     @property
     def is_empty(self) -> bool:
-        return not self.segments
+        return not self.segments and not self.shares
 
 
-def plan_step(segments: Sequence[tuple[GateSlot | None, int]]) -> Plan:
+BARE = Plan()
+
+
+def plan_step(segments: Sequence[tuple[Slot | None, int]]) -> Plan:
     """The plan of a packed batch: (slot, number of tokens) of each request in order; `None` is the bare
     base."""
-    planned = []
+    planned: list[Segment] = []
+    spans: list[tuple[TokenSlot, int, int]] = []
     start = 0
     for slot, length in segments:
-        if slot is not None:
+        if isinstance(slot, GateSlot):
             planned.append(Segment(slot, start, length))
+        elif slot is not None:
+            spans.append((slot, start, length))
         start += length
-    return Plan(tuple(planned))
+    return Plan(tuple(planned), share_out(spans)) if planned or spans else BARE

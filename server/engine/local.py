@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramux.adapters.layers import AdapterLayers
-from loramux.kernels.gated_lora import GateSlot, Plan, plan_step
+from loramux.kernels.gated_lora import BARE, GateSlot, Plan, plan_step
 from loramux.server.engine.batching import Batching
 from loramux.server.engine.hooks import Segment
 from loramux.server.engine.protocol import (
@@ -66,7 +66,7 @@ class LocalEngine:
         self._outbox: list[tuple[Running, Event | EngineError]] = []
         self._plan_key: tuple[tuple[int, int], ...] = ()
         self._plan_slots: list[tuple[GateSlot | None, int]] = []
-        self._plan = Plan()
+        self._plan = BARE
         self._batching = Batching(
             model,
             self,
@@ -179,7 +179,7 @@ class LocalEngine:
         self._layers.plan = self._plan_for(segments)
 
     def after_forward(self) -> None:
-        self._layers.plan = Plan()
+        self._layers.plan = BARE
 
     def scored_prompt(self, request_id: str) -> tuple[tuple[int, ...], int] | None:
         seq = self._sequences.get(request_id)

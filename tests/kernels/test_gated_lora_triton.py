@@ -11,17 +11,19 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is published for Linux on x86-64")
 
-from loramux.kernels.gated_lora import gated_lora_reference
+from loramux.kernels.gated_lora import gated_lora_reference, plan_step
 from loramux.kernels.gated_lora.slots import SlotTable
 from tests.kernels.batches import TRAFFIC, Segments, draw, gate_of, make_slots, rows_of, tokens_of, traffic
 
 CUDA = torch.cuda.is_available()
 if CUDA:
     from loramux.kernels.gated_lora import triton as form
+    from loramux.kernels.gated_lora.cuda import TritonForm
 else:
     with pytest.MonkeyPatch.context() as patch:  # a kernel is interpreted if this is set when it is defined
         patch.setenv("TRITON_INTERPRET", "1")
         from loramux.kernels.gated_lora import triton as form
+        from loramux.kernels.gated_lora.cuda import TritonForm
 
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -80,6 +82,26 @@ class Problem:
         table = SlotTable(max(1, self.x.shape[0] + extra), 8, max_rank, self.a.shape[0], DEVICE)
         table.fill(self.segments)
         return table
+
+
+@pytest.mark.parametrize("kind", TRAFFIC)
+def test_the_form_that_layers_use_equals_the_formula(kind: str) -> None:
+    """One form over several plans, so that tables are filled again and taken in other sizes."""
+    triton_form = TritonForm()
+    slots = make_slots(6, ROWS, 64)
+    for segments in (
+        traffic(kind, slots),
+        traffic("mixed with the base", slots),
+        [(slots[0], 1), (None, 40)],
+    ):
+        problem = Problem(segments, 70, 50, torch.float32)
+        out = problem.y.clone()
+        bound = triton_form.bind(plan_step(segments), "m", problem.a, problem.b)
+        if bound is not None:
+            bound(out, problem.x)
+        assert error(out, problem.expected()) < TOLERANCE[torch.float32]
+        assert torch.equal(bits(out)[problem.bare], bits(problem.y)[problem.bare])
+        assert triton_form.bind(plan_step(segments), "another", problem.a, problem.b) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
