@@ -224,7 +224,7 @@ def save(
     """Write an adapter directory."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {key: tensor.contiguous() for key, tensor in tensors.items()},
+        {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
         folder / "adapter_model.safetensors",
         metadata,
     )

@@ -8,6 +8,7 @@ import typer
 
 from loramux.adapters.errors import AdapterError
 from loramux.router.errors import RouterError
+from loramux.server.cli.convert import convert
 from loramux.server.cli.evaluate import evaluate
 from loramux.server.cli.route import route
 from loramux.server.cli.serve import serve
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(route)
 app.command()(evaluate)
+app.command()(convert)
 
 
 @app.command()
