@@ -97,8 +97,11 @@ class Batches:
         answers_only: bool,
         seed: int,
         window_steps: int = 8,
+        skip: int = 0,
     ) -> None:
         """Prepare the draw; `step_tokens` is the mean number of tokens a step trains on.
+
+        `skip` steps at the head are left out: a later phase goes on where an earlier one stopped.
 
         Raises:
             OptionError: there is no source, or one without rows.
@@ -111,6 +114,7 @@ class Batches:
         self._answers_only = answers_only
         self._seed = seed
         self._window_steps = window_steps
+        self._skip = skip
         total = sum(source.weight for source in sources)
         self._rows_per_window = [
             window_steps
@@ -147,7 +151,7 @@ class Batches:
 
     def step(self, step: int) -> list[Batch]:
         """The forward batches of a step; their losses are summed and divided by their total count."""
-        window, offset = divmod(step, self._window_steps)
+        window, offset = divmod(self._skip + step, self._window_steps)
         return [
             collate(rows, self._pad_id, self._answers_only) for rows in self._steps_of_window(window)[offset]
         ]

@@ -102,6 +102,7 @@ def fit(
     label: str,
     share: float = 1.0,
     rate: float | None = None,
+    skip: int = 0,
     penalty: Callable[[Batch], torch.Tensor] | None = None,
 ) -> int:
     """Train the parameters of `model` that ask for gradients; how many steps it took.
@@ -115,6 +116,7 @@ def fit(
         label: shown beside the progress.
         share: the part of the run's length that this fit gets.
         rate: peak learning rate; None is that of the options.
+        skip: steps whose rows an earlier phase has seen.
         penalty: added to the mean loss per token, called after each forward pass.
     """
     batches = Batches(
@@ -124,6 +126,7 @@ def fit(
         batch_tokens=options.batch_tokens,
         answers_only=True,
         seed=options.seed,
+        skip=skip,
     )
     steps = options.steps or options.epochs * len(examples.rows) / batches.rows_per_step
     minutes = None if options.minutes is None else share * options.minutes

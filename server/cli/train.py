@@ -1,4 +1,4 @@
-"""`loramux train`: a base from scratch, one expert on a base, or an embedder."""
+"""`loramux train`: a base from scratch, an expert, a plain adapter or a sparse model, or an embedder."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ import typer
 
 from loramux.server.cli.embedder import embedder
 from loramux.server.cli.rows import Rows
+from loramux.server.cli.train_lora import dora, lora
+from loramux.server.cli.train_mixture import loracoe, loramoe, mixlora
 
-app = typer.Typer(help="Train a base, an expert or an embedder on JSONL rows.", no_args_is_help=True)
-app.command()(embedder)
+app = typer.Typer(
+    help="Train a base, an expert, a sparse model or an embedder on JSONL rows.", no_args_is_help=True
+)
+for _command in (embedder, lora, dora, mixlora, loracoe, loramoe):
+    app.command()(_command)
 
 Out = Annotated[Path, typer.Option(help="Directory to write.")]
 
