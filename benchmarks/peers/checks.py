@@ -38,7 +38,7 @@ async def check(engine: Engine, measure: dict[str, list[str]] | None, *, strict:
         if not all(text.strip() for text in run.texts):
             raise WrongAnswerError(f"{engine.name}: an empty answer ({kind})")
     if measure is None:
-        return dict.fromkeys(answers, "not compared: peft is absent")
+        return dict.fromkeys(answers, "not compared: peft does not run")
     found = {}
     for kind, run in answers.items():
         expected = measure[kind]

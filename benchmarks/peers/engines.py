@@ -265,8 +265,11 @@ class Peft(Engine):
         """One order to the worker, and its answer."""
         assert self._process is not None
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(fields).encode() + b"\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(json.dumps(fields).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._failed("the worker ended") from None
         return await self._answer()
 
     async def ids(self, prompts: Sequence[Prompt], names: Sequence[str], tokens: int) -> dict[str, Any]:
