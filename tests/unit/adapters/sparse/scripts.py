@@ -1,4 +1,4 @@
-"""The published formulas as plain scripts, put into a float64 copy of a base: what served models must equal."""
+"""The published formulas as plain scripts, put into a float64 copy of a base."""
 
 import copy
 import math

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +22,7 @@ from loramux.adapters.errors import (
 )
 from loramux.adapters.sparse.convert import convert
 from loramux.adapters.sparse.read import read_sparse
+from loramux.server.cli import main
 from tests.peft_kit import SEVEN, tensors
 from tests.sparse_kit import (
     LAYOUT_1,
@@ -167,30 +167,21 @@ def test_a_conversion_that_cannot_be_done_leaves_nothing(base: BaseShapes, tmp_p
         convert(folder, tmp_path / "out")
 
 
-def test_the_command_converts_and_says_so(base: BaseShapes, tmp_path: Path) -> None:
+def test_the_command_converts_and_says_so(
+    base: BaseShapes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     save(tmp_path / "in", in_old_layout(mixlora_tensors(base), 2), mixlora_config(routing_strategy="mixtral"))
     as_pickle(tmp_path / "in")
-    command = [
-        sys.executable,
-        "-c",
-        "from loramux.server.cli import main; main()",
-        "convert",
-        str(tmp_path / "in"),
-    ]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "out"), "--layout", "3"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "adapter_model.safetensors: 66 tensors, 50 renamed" in done.stdout.replace("\n", " ")
+    words = ["loramux", "convert", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--layout", "3"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as exit_code:
+        main()
+    assert exit_code.value.code == 0
+    assert "adapter_model.safetensors: 66 tensors, 50 renamed" in capsys.readouterr().out
     assert read_sparse(tmp_path / "out", id="x", base=base).ffn
-    again = subprocess.run(
-        [*command, "--out", str(tmp_path / "out"), "--layout", "3"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert again.returncode == 1
-    assert again.stderr.startswith("loramux: ")
-    assert "is there already" in again.stderr
+    with pytest.raises(SystemExit) as exit_code:
+        main()
+    told = capsys.readouterr().err
+    assert exit_code.value.code == 1
+    assert told.startswith("loramux: ")
+    assert "is there already" in told

@@ -69,7 +69,7 @@ def wanted(base: PreTrainedModel, sparse: SparseModel, prompt: Tensor) -> Tensor
     return found
 
 
-@pytest.mark.parametrize("length", [2, 23])
+@pytest.mark.parametrize("length", [2, 20])
 @pytest.mark.parametrize("kind", BASES)
 def test_mixlora_equals_its_script(kind: str, length: int) -> None:
     served = Served(tiny_base(kind))
@@ -82,13 +82,12 @@ def test_mixlora_equals_its_script(kind: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi", "phi3"])
-@pytest.mark.parametrize(
-    "make", [loracoe, loramoe, lambda shapes: loramoe(shapes, 2)], ids=["coe", "moe", "mola"]
-)
-def test_linear_mixtures_equal_their_scripts(make: object, kind: str) -> None:
+@pytest.mark.parametrize("method", ["loracoe", "loramoe", "mola"])
+def test_linear_mixtures_equal_their_scripts(method: str, kind: str) -> None:
     served = Served(tiny_base(kind))
-    sparse = make(served.shapes)  # type: ignore[operator]
-    prompt = ids(1, 11)
+    coe = method == "loracoe"
+    sparse = loracoe(served.shapes) if coe else loramoe(served.shapes, 2 if method == "mola" else None)
+    prompt = ids(1, 7)
     assert error(served.logits(prompt, [place(sparse)]), wanted(served.base, sparse, prompt)) < TOLERANCE
 
 
@@ -166,7 +165,7 @@ def test_the_experts_may_have_been_trained_with_another_activation_than_the_base
 def test_capacity_is_counted_in_every_request_on_its_own() -> None:
     served = Served(tiny_base("llama"))
     prompt = ids(3, 12)
-    free, tight = mixlora(served.shapes, SWITCH, experts=2), None
+    free = mixlora(served.shapes, SWITCH, experts=2)
     blocks = {
         path: dataclasses.replace(block, routing=FfnRouting(FfnStrategy.SWITCH, capacity=3))
         for path, block in free.ffn.items()
@@ -245,17 +244,17 @@ def test_a_slot_knows_its_bytes_and_gives_them_back() -> None:
 def test_a_model_for_another_base_is_refused_and_changes_nothing() -> None:
     llama, phi = Served(tiny_base("llama")), Served(tiny_base("phi"))
     before = [name for name, _ in phi.model.named_modules()]
+    mix, coe = mixlora(llama.shapes, attention=False), loracoe(llama.shapes)
+    lost = dataclasses.replace(mix, ffn={"model.layers.7.mlp": next(iter(mix.ffn.values()))})
     with pytest.raises(
-        BaseMismatchError, match=r"mlp: the base's block has no down_proj, it has \['fc1', 'fc2'\]"
+        BaseMismatchError, match=r"mlp: the base's block has no down_proj, it has \['fc1', 'f"
     ):
-        phi.layers.prepare(place(mixlora(llama.shapes, attention=False)))
-    with pytest.raises(BaseMismatchError, match=r"no adaptable module 'model.layers.0.self_attn.o_proj'"):
-        phi.layers.prepare(place(loracoe(llama.shapes)))
+        phi.layers.prepare(place(mix))
+    with pytest.raises(BaseMismatchError, match=r"no adaptable module 'model.layers.0.mlp.down_proj'"):
+        phi.layers.prepare(place(coe))
+    with pytest.raises(BaseMismatchError, match=r"no module 'model.layers.7.mlp'"):
+        llama.layers.prepare(place(lost))
     assert [name for name, _ in phi.model.named_modules()] == before
-    with pytest.raises(BaseMismatchError, match="no module 'model.layers.7.mlp'"):
-        sparse = mixlora(llama.shapes, attention=False)
-        block = next(iter(sparse.ffn.values()))
-        llama.layers.prepare(place(dataclasses.replace(sparse, ffn={"model.layers.7.mlp": block})))
 
 
 def test_a_plan_prepares_what_its_slots_need() -> None:
