@@ -19,6 +19,7 @@ from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.blend import Blend
 from loramux.adapters.layers import AdapterLayers
 from loramux.adapters.residency import Residency
+from loramux.kernels.packed_linear import pack_linears
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import load_base
 from loramux.server.engine.protocol import Sampling, Token, Work
@@ -140,6 +141,7 @@ async def running(
     Without a pool no layer of the base is wrapped.
     """
     model = load_base(folder, dtype=dtype, quantization=quantization, device=device)
+    pack_linears(model)
     shapes = BaseShapes.from_model(model, shape.name)
     if pool:
         experts = {f"e{n}": random_adapter(shapes, shape.rank, f"e{n}", SPREAD) for n in range(shape.experts)}

@@ -4,10 +4,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
-from loramux.kernels.packed_linear import pack_linears
-
+LARGE = 2**30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,16 +34,29 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device, stored: torch.dtype | None) -> torch.dtype:
-    """`auto` is bfloat16 on a GPU that has it and float16 on one that has not.
-
-    On a CPU it is float32, except that a bfloat16 checkpoint of over a gigabyte would double: see
-    `load_base`.
-    """
+    """`auto` is bfloat16 on a GPU that has it and float16 on one that has not; on a CPU it is `stored`, else
+    float32."""
     if dtype != "auto":
         return DTYPES[dtype]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return stored or torch.float32
+
+
+def worth_keeping(path: str | Path, config: PreTrainedConfig) -> torch.dtype | None:
+    """The checkpoint's own dtype where it should stay what it is on a CPU.
+
+    A checkpoint of over a gigabyte would double in float32; but a processor without bfloat16 products takes
+    fifty times as long with them, and that is worse (docs/log.md).
+    """
+    folder = Path(path)
+    large = not folder.is_dir() or weight_bytes(folder) > LARGE
+    return getattr(config, "dtype", None) if large and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the safetensors files of a checkpoint."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def resolve_quantization(quantization: str, device: torch.device) -> str:
@@ -65,8 +83,7 @@ def load_base(
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"base model {path}: {_first_line(error)}") from error
-    large = _weight_bytes(path) > 2**30
-    compute = resolve_dtype(dtype, target, getattr(config, "dtype", None) if large else None)
+    compute = resolve_dtype(dtype, target, worth_keeping(path, config))
     arguments: dict[str, object] = {}
     if resolve_quantization(quantization, target) == "nf4":
         arguments["quantization_config"] = BitsAndBytesConfig(
@@ -96,15 +113,7 @@ def load_base(
             f"base model {path}: the checkpoint lacks {len(missing)} tensors, first {missing[0]}"
         )
     model.requires_grad_(False)
-    pack_linears(model)
     return model.eval()
-
-
-def _weight_bytes(path: str | Path) -> int:
-    directory = Path(path)
-    return (
-        sum(file.stat().st_size for file in directory.glob("*.safetensors")) if directory.is_dir() else 2**31
-    )
 
 
 def _first_line(error: Exception) -> str:

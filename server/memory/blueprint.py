@@ -20,11 +20,10 @@ from loramux.server.engine.model import (
     resolve_device,
     resolve_dtype,
     resolve_quantization,
+    weight_bytes,
+    worth_keeping,
 )
 from loramux.server.errors import StartError
-
-#: A checkpoint beyond this keeps its own type on a CPU when the dtype is left to us, as `load_base` has it.
-_LARGE = 2**30
 
 #: NF4 with double quantisation, as bitsandbytes stores it: one byte of scale a block, one float a block of
 #: scales, and per matrix two code books and an offset.
@@ -78,9 +77,7 @@ class Blueprint:
             where = resolve_device(device)
         except BaseModelError as error:
             raise StartError(str(error)) from None
-        folder = Path(self._location)
-        large = not folder.is_dir() or _file_bytes(folder) > _LARGE
-        stored = getattr(self._model.config, "dtype", None) if large else None
+        stored = worth_keeping(self._location, self._model.config)
         return Target(where, resolve_dtype(dtype, where, stored), resolve_quantization(quantization, where))
 
     def shapes(self, id: str) -> BaseShapes:
@@ -105,7 +102,7 @@ class Blueprint:
         """
         if getattr(self._model.config, "quantization_config", None) is not None:
             config = cached_file(self._location, "config.json", local_files_only=True)
-            return _file_bytes(Path(config).parent)
+            return weight_bytes(Path(config).parent)
         packed = self._packed() if quantization == "nf4" else frozenset()
         total = int(sum(buffer.nbytes for buffer in self._model.buffers()))
         for name, parameter in self._model.named_parameters():
@@ -194,7 +191,3 @@ def loaded_bytes(model: nn.Module) -> int:
                 seen.add(id(part))
                 total += part.numel() * part.element_size()
     return total
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
