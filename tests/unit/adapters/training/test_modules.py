@@ -11,6 +11,7 @@ from loramux.adapters.training.loracoe import LoraCoeOptions, LoraCoeTrainer
 from loramux.adapters.training.loramoe import LoraMoeOptions
 from loramux.adapters.training.mixlora import MixLoraOptions
 from loramux.adapters.training.mixture import trainer_for
+from loramux.kernels.mixlora_ffn import Ffn, gated, mixlora_ffn_reference, probabilities, switch, top_k
 from tests.sparse_kit import small_base
 from tests.unit.adapters.training.scripts import scripted
 
@@ -197,3 +198,19 @@ def test_routers_start_as_wide_as_the_strategy_wants(model):
 def test_options_that_cannot_be_met_are_refused(options, reason):
     with pytest.raises(OptionError, match=reason):
         options()
+
+
+@pytest.mark.parametrize("name", ["mixlora", "switch"])
+def test_a_block_in_training_agrees_with_the_operator_that_serves_it(model, name):
+    path = "model.layers.1.mlp"
+    trainer = stirred(model, OPTIONS[name])
+    block, mlp = trainer.ffn[path], model.get_submodule(path)
+    served = trainer.result("m", torch.float32).ffn[path]
+    x = torch.randn(11, served.router.shape[1])
+    p = probabilities(linear(x, served.router))
+    routes = switch(p) if name == "switch" else top_k(p, served.routing.top_k)
+    first = {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj}
+    ffn = Ffn(first, ("down_proj", mlp.down_proj), gated(mlp.act_fn))
+    expected = mixlora_ffn_reference(x, ffn, served.projections, routes)
+    with torch.no_grad():
+        torch.testing.assert_close(block.eval()(x[None])[0], expected, rtol=1e-4, atol=1e-5)
