@@ -1,16 +1,17 @@
 """The base's linear layers with the arena's rows beside them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
+from weakref import WeakSet
 
-import torch
 from torch import Tensor, nn
 
 from loramux.adapters.arena import Arena
 from loramux.adapters.errors import BaseMismatchError
-from loramux.kernels.gated_lora import Bound, Form, Plan, choose_form
-
-BARE = Plan()
+from loramux.adapters.sparse.ffn_layer import FeedForwardLayer
+from loramux.adapters.sparse.slot import SparseSlot
+from loramux.kernels.gated_lora import BARE, Adding, Bound, Form, Plan, Share, TokenSlot, choose_form
 
 
 class AdapterLayers:
@@ -20,17 +21,46 @@ class AdapterLayers:
     """
 
     def __init__(self, model: nn.Module, arena: Arena, form: Form | None = None) -> None:
-        self.plan = BARE
+        self.current = BARE
         self.arena = arena
+        self._model = model
+        self._prepared: WeakSet[TokenSlot] = WeakSet()
+        self._preparing = Lock()
         self.form = form or choose_form(arena.device, next(model.parameters()).dtype, arena.dtype)
         for path in arena.a:
-            parent_path, _, name = path.rpartition(".")
-            try:
-                parent = model.get_submodule(parent_path)
-                linear = getattr(parent, name)
-            except AttributeError as error:
-                raise BaseMismatchError(f"the base model has no module {path!r}") from error
+            parent, name, linear = _find(model, path)
             setattr(parent, name, GatedLinear(linear, path, self))
+
+    @property
+    def plan(self) -> Plan:
+        """What forward passes apply."""
+        return self.current
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        for share in plan.shares:
+            if share.slot not in self._prepared:
+                self.prepare(share.slot)
+        self.current = plan
+
+    def prepare(self, slot: TokenSlot) -> None:
+        """Put layers around the feed-forward blocks that a slot changes. A plan does this for its slots;
+        doing it when a model is loaded tells early whether the model fits.
+
+        Raises:
+            BaseMismatchError: the base has no such module or block, or the block is of no known form.
+        """
+        if missing := sorted(set(slot.modules) - self.arena.a.keys()):
+            raise BaseMismatchError(f"the base model has no adaptable module {missing[0]!r}")
+        blocks = slot.blocks if isinstance(slot, SparseSlot) else {}
+        with self._preparing:
+            places = {path: _find(self._model, path) for path in blocks}
+            for path, (_, _, block) in places.items():
+                blocks[path].check(block.base if isinstance(block, FeedForwardLayer) else block, path)
+            for path, (parent, name, block) in places.items():
+                if not isinstance(block, FeedForwardLayer):
+                    setattr(parent, name, FeedForwardLayer(block, path, self))
+            self._prepared.add(slot)
 
     @contextmanager
     def running(self, plan: Plan) -> Iterator[None]:
@@ -64,15 +94,54 @@ class GatedLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        # Every name that is looked up here is looked up some hundred times a step, with the caches full of
+        # weights: this path is kept as short as it can be (docs/log.md).
         y: Tensor = self.base(x)
-        layers = self._layers[0]
-        plan = layers.plan
-        if plan.is_empty:
-            return y
+        plan = self._layers[0].current
         if plan is not self._bound_plan:
-            self._bound = layers.form.bind(plan, self.path, self._a[0], self._b[0])
-            self._bound_plan = plan
+            self._bind(plan)
         if self._bound is not None:
-            with torch.no_grad():
-                self._bound(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]))
+            self._bound(y, x)
         return y
+
+    def _bind(self, plan: Plan) -> None:
+        form = self._layers[0].form
+        self._bound = form.bind(plan, self.path, self._a[0], self._b[0]) if plan.segments else None
+        if plan.shares:
+            self._bound = _with_shares(self._bound, plan.shares, self.path)
+        self._bound_plan = plan
+
+
+def _with_shares(bound: Bound | None, shares: Sequence[Share], module: str) -> Bound | None:
+    """What a plan's segments add at a module (`bound`) and what its shares do."""
+    parts: list[tuple[Share, Adding]] = []
+    for share in shares:
+        adding = share.slot.bind(module)
+        if adding is not None:
+            parts.append((share, adding))
+    if not parts:
+        return bound
+
+    def apply(y: Tensor, x: Tensor) -> None:
+        if bound is not None:
+            bound(y, x)
+        x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        for share, adding in parts:
+            share.add_(adding, y, x)
+
+    return apply
+
+
+def _find(model: nn.Module, path: str) -> tuple[nn.Module, str, nn.Module]:
+    """A module of the model, with its parent and its name there.
+
+    Raises:
+        BaseMismatchError: there is none of that path.
+    """
+    parent_path, _, name = path.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_path)
+        found = parent.get_submodule(name)
+    except AttributeError as error:
+        raise BaseMismatchError(f"the base model has no module {path!r}") from error
+    return parent, name, found

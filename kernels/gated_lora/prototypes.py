@@ -23,7 +23,7 @@ def prototypes(a: Tensor, b: Tensor, seed: int = 0) -> Tensor:
     inner = b.mT @ b
     generator = torch.Generator(device=a.device).manual_seed(seed)
     start = torch.randn(a.shape[-1], device=a.device, generator=generator)
-    v = (start / start.norm())[:, None].expand(*a.shape[:-2], -1, 1)
+    v: Tensor = (start / start.norm())[:, None].expand(*a.shape[:-2], -1, 1)
     for _ in range(STEPS):
         v = a.mT @ (inner @ (a @ v))
         v = v / (v.norm(dim=-2, keepdim=True) + _TINY)

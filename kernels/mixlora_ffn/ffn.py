@@ -101,6 +101,11 @@ class Experts:
     last_a: Tensor | None
     last_bt: Tensor | None
 
+    @property
+    def nbytes(self) -> int:
+        tensors = [self.shrink, self.last_a, self.last_bt, *(spread.bt for spread in self.first.values())]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     @classmethod
     def prepare(
         cls,

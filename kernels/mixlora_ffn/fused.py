@@ -147,4 +147,4 @@ def _mix_grouped(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts
 def _groups(chosen: Tensor) -> Sequence[Tensor]:
     """The tokens of every expert, sorted by expert in one pass."""
     _, tokens = chosen.T.nonzero(as_tuple=True)
-    return tokens.split(chosen.sum(0).tolist())
+    return torch.split_with_sizes(tokens, chosen.sum(0).tolist())

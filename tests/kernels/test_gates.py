@@ -15,7 +15,7 @@ from loramux.kernels.gated_lora.gates import (
     rank_gate,
     top_k_softmax,
 )
-from loramux.kernels.gated_lora.prototypes import prototype
+from loramux.kernels.gated_lora.prototypes import prototypes
 from tests.kernels.batches import draw
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -127,7 +127,12 @@ def test_the_gate_of_ranks_sums_to_one() -> None:
 
 
 def test_a_prototype_is_the_top_right_singular_vector() -> None:
-    u, v = torch.linalg.qr(torch.randn(20, 4)).Q, torch.linalg.qr(torch.randn(30, 4)).Q
-    a, b = (torch.tensor([3.0, 1.0, 0.5, 0.1]) * v).T, u  # singular values 3, 1, ...
-    found = prototype(a, b, seed=draw(0, 99))
-    assert abs(float(found @ v[:, 0])) == pytest.approx(1, abs=1e-5)
+    """Experts are stacked; PEFT starts all of them from one vector, and so do we."""
+    tops, a, b = [], [], []
+    for _ in range(3):
+        u, v = torch.linalg.qr(torch.randn(20, 4)).Q, torch.linalg.qr(torch.randn(30, 4)).Q
+        a.append((torch.tensor([3.0, 1.0, 0.5, 0.1]) * v).T)  # singular values 3, 1, ...
+        b.append(u)
+        tops.append(v[:, 0])
+    found = prototypes(torch.stack(a), torch.stack(b), seed=draw(0, 99))
+    torch.testing.assert_close((found * torch.stack(tops)).sum(-1).abs(), torch.ones(3))
