@@ -18,7 +18,7 @@ from loramux.adapters.errors import BlendError
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.merge import merge
 from loramux.adapters.quiet_threads import QuietThreads
-from loramux.kernels.gated_lora.plan import Extent, GateSlot
+from loramux.kernels.gated_lora.plan import Extent, GateSlot, Slot
 
 
 class BlendTooLarge(BlendError):
@@ -31,7 +31,7 @@ class Handle:
     apart."""
 
     key: str
-    slot: GateSlot
+    slot: Slot
 
 
 @dataclass(frozen=True, slots=True)

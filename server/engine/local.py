@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loramux.adapters.layers import AdapterLayers
-from loramux.kernels.gated_lora import BARE, GateSlot, Plan, plan_step
+from loramux.kernels.gated_lora import BARE, Plan, Slot, plan_step
 from loramux.server.engine.batching import Batching
 from loramux.server.engine.hooks import Segment
 from loramux.server.engine.protocol import (
@@ -65,7 +65,7 @@ class LocalEngine:
         self._chosen: list[tuple[Running, TokenScore]] = []
         self._outbox: list[tuple[Running, Event | EngineError]] = []
         self._plan_key: tuple[tuple[int, int], ...] = ()
-        self._plan_slots: list[tuple[GateSlot | None, int]] = []
+        self._plan_slots: list[tuple[Slot | None, int]] = []
         self._plan = BARE
         self._batching = Batching(
             model,
@@ -235,7 +235,7 @@ class LocalEngine:
 
     def _plan_for(self, segments: Sequence[Segment]) -> Plan:
         """The plan of this step; a decode step over the same requests as the last one reuses its plan."""
-        slots: list[tuple[GateSlot | None, int]] = []
+        slots: list[tuple[Slot | None, int]] = []
         for request_id, length in segments:
             seq = self._sequences.get(request_id)
             slots.append((None if seq is None or seq.handle is None else seq.handle.slot, length))

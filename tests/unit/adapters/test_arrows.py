@@ -1,0 +1,134 @@
+"""Experts are made ready for arrow once, whoever asks and whoever leaves."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import pytest
+import torch
+
+from loramux.adapters.errors import AdapterFormatError, BlendError
+from loramux.adapters.lora import LoraAdapter, LoraPair
+from loramux.adapters.sparse.arrows import ArrowMixture, Arrows
+
+
+def on_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Run a test on an event loop of its own."""
+
+    @wraps(test)
+    def run() -> None:
+        asyncio.run(test())
+
+    return run
+
+
+def expert(name: str, content: str = "") -> LoraAdapter:
+    pairs = {"q": LoraPair(torch.randn(2, 8), torch.randn(8, 2), 1.0)}
+    return LoraAdapter(name, content or f"hash of {name}", pairs)
+
+
+class Quiver:
+    def __init__(self, experts: Sequence[LoraAdapter]) -> None:
+        self.experts = experts
+        self.nbytes = 10 * len(experts)
+
+    def slot(self, top_k: int, temperature: float) -> object:
+        return (self, top_k, temperature)
+
+
+@dataclass
+class Counting:
+    gate: threading.Event | None = None
+    calls: int = 0
+
+    def __call__(self, experts: Sequence[LoraAdapter]) -> Quiver:
+        self.calls += 1
+        if self.gate is not None:
+            assert self.gate.wait(10)
+        return Quiver(experts)
+
+
+A, B, C = expert("a"), expert("b"), expert("c")
+
+
+def mixture(*experts: LoraAdapter, top_k: int = 1, temperature: float = 1.0) -> ArrowMixture:
+    return ArrowMixture.of(experts, top_k=top_k, temperature=temperature)
+
+
+def test_mixtures_are_canonical() -> None:
+    assert mixture(A, B).key == mixture(B, A).key
+    assert mixture(A, B, top_k=9).top_k == 2
+    assert mixture(A, expert("again", A.content_hash)).key == mixture(A).key
+    others = [mixture(A), mixture(A, C), mixture(A, B, top_k=2), mixture(A, B, temperature=0.5)]
+    assert len({m.key for m in [mixture(A, B), *others]}) == 5
+
+
+@pytest.mark.parametrize(("top_k", "temperature"), [(0, 1.0), (1, 0.0), (1, float("nan"))])
+def test_what_cannot_be_is_refused(top_k: int, temperature: float) -> None:
+    with pytest.raises(BlendError, match="positive"):
+        mixture(A, top_k=top_k, temperature=temperature)
+    with pytest.raises(BlendError, match="at least one"):
+        mixture()
+
+
+@on_a_loop
+async def test_a_set_of_experts_is_made_ready_once() -> None:
+    prepare = Counting()
+    arrows = Arrows(prepare)
+
+    async def ask(top_k: int) -> tuple[object, bool]:
+        async with arrows.lease(mixture(A, B, top_k=top_k)) as lease:
+            assert lease.handle is not None
+            return lease.handle.slot, lease.cached
+
+    (one, cold), (two, _), (other, _) = await asyncio.gather(ask(1), ask(1), ask(2))
+    again, cached = await ask(1)
+    assert one is two is again
+    assert other is not one
+    assert (cold, cached) == (False, True)
+    assert prepare.calls == 1
+    assert arrows.nbytes == 20
+
+
+@on_a_loop
+async def test_an_older_set_goes_after_its_last_lease() -> None:
+    arrows = Arrows(Counting())
+    async with arrows.lease(mixture(A)):
+        async with arrows.lease(mixture(A, B, C)):
+            assert arrows.nbytes == 40
+        assert arrows.nbytes == 40
+    assert arrows.nbytes == 30
+
+
+@on_a_loop
+async def test_a_client_that_leaves_undoes_nothing() -> None:
+    prepare = Counting(threading.Event())
+    arrows = Arrows(prepare)
+
+    async def ask() -> bool:
+        async with arrows.lease(mixture(A)) as lease:
+            return lease.handle is not None
+
+    first, second = asyncio.create_task(ask()), asyncio.create_task(ask())
+    await asyncio.sleep(0.01)
+    first.cancel()
+    assert prepare.gate is not None
+    prepare.gate.set()
+    assert await second
+    assert prepare.calls == 1
+
+
+@on_a_loop
+async def test_a_set_that_is_refused_can_be_asked_for_again() -> None:
+    def refuse(experts: Sequence[LoraAdapter]) -> Quiver:
+        raise AdapterFormatError(f"{experts[0].id}: no")
+
+    arrows = Arrows(refuse)
+    for _ in range(2):
+        with pytest.raises(AdapterFormatError, match="a: no"):
+            async with arrows.lease(mixture(A)):
+                pass
+    assert arrows.nbytes == 0
