@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from loramux.adapters.arena import row_bytes
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.peft_tensors import StackShape
+from loramux.adapters.sparse.read import SparseSize
 from loramux.server.engine.local import EngineLimits
 from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint, Target
@@ -36,12 +37,14 @@ class Sizes:
     Attributes:
         experts: of each expert, the stacks that it will be.
         router_bytes: files of the router and its encoder.
+        sparse: of each sparse model, how many numbers it has.
     """
 
     blueprint: Blueprint
     shapes: BaseShapes
     experts: Mapping[str, Sequence[StackShape]]
     router_bytes: int
+    sparse: Mapping[str, SparseSize] = field(default_factory=dict)
 
     def rank(self, expert: str) -> int:
         return max((stack.rank for stack in self.experts[expert]), default=0)
@@ -52,6 +55,10 @@ class Sizes:
             size for stacks in self.experts.values() for stack in stacks for size in stack.tensor_bytes(dtype)
         )
         return sum(1 << (size - 1).bit_length() if pinned else size for size in tensors)
+
+    def sparse_bytes(self, dtype: torch.dtype) -> int:
+        """The sparse models on the device."""
+        return sum(size.nbytes(dtype) for size in self.sparse.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,7 @@ class Budget:
     host: Room | None
     base: int
     pool: int
+    sparse: int
     slots: int
     kv: int
     step: int
@@ -84,14 +92,15 @@ class Budget:
 
     def table(self) -> str:
         """Few short lines for a person: what takes how much of which memory."""
-        on_device = ("base", "slots", "kv", "step")
+        on_device = ("base", "sparse", "slots", "kv", "step")
         on_host = ("pool", "router")
         if self.host is None:
-            return "\n".join(self._lines(self.device, ("base", "pool", "slots", "kv", "step", "router")))
+            names = ("base", "pool", "sparse", "slots", "kv", "step", "router")
+            return "\n".join(self._lines(self.device, names))
         return "\n".join([*self._lines(self.device, on_device), *self._lines(self.host, on_host)])
 
     def _lines(self, room: Room, names: Iterable[str]) -> list[str]:
-        sizes = {name: int(getattr(self, name)) for name in names}
+        sizes = {name: int(getattr(self, name)) for name in names if name != "sparse" or self.sparse}
         lines = [f"{room.name}: {size_text(room.free)} available"]
         lines += [f"  {n:<7}{size_text(size):>11}  {self.details[n]}".rstrip() for n, size in sizes.items()]
         lines.append(f"  {'left':<7}{size_text(room.free - sum(sizes.values())):>11}")
@@ -170,8 +179,9 @@ class _Planner:
         return self.sizes.pool_bytes(wish.dtype, pinned=not self.one_memory)
 
     def remaining(self, wish: Wish) -> int:
-        """What base, slots and, in one memory, pool and router leave."""
+        """What base, sparse models, slots and, in one memory, pool and router leave."""
         taken = self.base(wish) + wish.slot_bytes + OVERHEAD[self.target.device.type]
+        taken += self.sizes.sparse_bytes(wish.dtype)
         if self.one_memory:
             taken += self.pool(wish) + self.sizes.router_bytes
         return self.device.free - taken
@@ -208,6 +218,7 @@ class _Planner:
         parts = {
             "base": self.base(wish),
             "pool": self.pool(wish) if self.one_memory else 0,
+            "sparse": self.sizes.sparse_bytes(wish.dtype),
             "slots": wish.slot_bytes,
             "kv": kv,
             "step": self.step(wish) + least * self.token(wish) - kv,
@@ -270,6 +281,7 @@ class _Planner:
             host=None if self.one_memory else self.host,
             base=self.base(wish),
             pool=self.pool(wish),
+            sparse=self.sizes.sparse_bytes(wish.dtype),
             slots=wish.slot_bytes,
             kv=tokens * blueprint.kv_token_bytes(wish.dtype),
             step=self.step(wish) + tokens * gathered,
@@ -279,6 +291,7 @@ class _Planner:
             details={
                 "base": f"{blueprint.parameters / 1e6:,.1f} M parameters, {kind}",
                 "pool": f"{len(self.sizes.experts)} experts in memory of the host",
+                "sparse": f"sparse models: {len(self.sizes.sparse)}",
                 "slots": f"{rows} rows of adapters",
                 "kv": f"{tokens} tokens",
                 "step": f"{wish.step_tokens} tokens a step",

@@ -11,6 +11,7 @@ from loramux.router.encoder_files import locate
 from loramux.router.errors import RouterError
 from loramux.router.store import load_router
 from loramux.server.pool.manifest import Pool, PoolError, read_pool, verify
+from loramux.server.pool.sparse import read_entry
 
 
 def base_shapes(pool: Pool) -> BaseShapes:
@@ -28,7 +29,8 @@ def base_shapes(pool: Pool) -> BaseShapes:
 
 
 def check_pool(root: Path) -> list[str]:
-    """One line for each problem: manifest, file hashes, base, every expert, router. Empty means sound."""
+    """One line for each problem: manifest, file hashes, base, every expert and sparse model, router. Empty
+    means sound."""
     try:
         pool = read_pool(root)
     except PoolError as error:
@@ -46,6 +48,11 @@ def check_pool(root: Path) -> list[str]:
                 )
             except AdapterError as error:
                 problems.append(f"expert {entry.id}: {error}")
+        for sparse in pool.manifest.sparse:
+            try:
+                read_entry(pool, sparse, shapes)
+            except AdapterError as error:
+                problems.append(f"sparse model {sparse.id}: {error}")
     try:
         load_router(pool.router_dir, experts=[entry.id for entry in pool.manifest.experts])
     except RouterError as error:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, with_config
 
+from loramux.adapters.sparse.model import Kind
 from loramux.server.errors import StartError
 
 MANIFEST = "pool.json"
@@ -61,11 +62,13 @@ class RouterEntry:
 @with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class SparseEntry:
-    """One sparse model beside the experts."""
+    """One sparse model beside the experts; `any_base` accepts files that name another base."""
 
     id: Slug
     path: RelativePath
+    kind: Kind
     description: str = ""
+    any_base: bool = False
 
 
 @with_config(_STRICT)
@@ -130,6 +133,10 @@ class Pool:
 
     def expert_dir(self, entry: ExpertEntry) -> Path:
         """The PEFT directory of an expert."""
+        return self.inside(entry.path)
+
+    def sparse_dir(self, entry: SparseEntry) -> Path:
+        """The directory of a sparse model."""
         return self.inside(entry.path)
 
 

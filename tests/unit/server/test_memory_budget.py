@@ -1,7 +1,7 @@
 """One budget: it fits or it is refused, and the way out that a refusal names does lead out."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import yaml
 from loramux.adapters.arena import Arena
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.peft_format import measure_lora, read_lora, write_lora
+from loramux.adapters.sparse.model import Kind
+from loramux.adapters.sparse.read import SparseSize
 from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint, Target
 from loramux.server.memory.budget import OVERHEAD, SHARE, Budget, Sizes, plan_budget, size_text
@@ -86,6 +88,18 @@ def test_a_roomy_machine_holds_every_running_context(bench: Bench) -> None:
     budget = bench.plan(64 * 1024 * MIB)
     assert budget.kv_tokens == 32 * 512
     assert budget.kv == budget.kv_tokens * bench.sizes.blueprint.kv_token_bytes(torch.float32)
+
+
+@pytest.mark.parametrize("target", [CPU, CUDA])
+def test_sparse_models_are_counted_where_the_base_is(bench: Bench, target: Target) -> None:
+    size = SparseSize(Kind.MIXLORA, parameters=4 * MIB, router_parameters=MIB)
+    fuller = Bench(bench.folder, replace(bench.sizes, sparse={"mix": size}))
+    weight = size.nbytes(target.dtype)
+    assert weight == (16 if target is CPU else 10) * MIB
+    assert fuller.plan(2**34, target, host=2**34).sparse == weight
+    assert abs(fuller.least(target) - bench.least(target) - weight) <= MIB
+    assert "sparse models: 1" in fuller.plan(2**34, target, host=2**34).table()
+    assert "sparse" not in bench.plan(2**34, target, host=2**34).table()
 
 
 @pytest.mark.parametrize("target", [CPU, CUDA])

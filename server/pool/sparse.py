@@ -1,0 +1,58 @@
+"""The sparse models of a pool, read and checked."""
+
+import torch
+
+from loramux.adapters.base_shapes import BaseShapes
+from loramux.adapters.errors import AdapterFormatError
+from loramux.adapters.sparse.model import SparseModel
+from loramux.adapters.sparse.read import SparseSize, measure_sparse, read_sparse
+from loramux.server.pool.manifest import MANIFEST, Pool, SparseEntry
+
+
+def read_sparse_models(
+    pool: Pool, shapes: BaseShapes, dtype: torch.dtype | None = None
+) -> tuple[SparseModel, ...]:
+    """Every sparse model, in the manifest's order; all or nothing.
+
+    Raises:
+        AdapterError: one of them is damaged, unsupported, or does not fit the base.
+    """
+    return tuple(read_entry(pool, entry, shapes, dtype) for entry in pool.manifest.sparse)
+
+
+def measure_sparse_models(pool: Pool, shapes: BaseShapes) -> dict[str, SparseSize]:
+    """What every sparse model will hold in memory, from the headers of its files.
+
+    Raises:
+        AdapterError: as `read_sparse_models`, as far as configs and headers show it.
+    """
+    return {
+        entry.id: measure_sparse(
+            pool.sparse_dir(entry), base=shapes, override_base=entry.any_base, root=pool.root
+        )
+        for entry in pool.manifest.sparse
+    }
+
+
+def read_entry(
+    pool: Pool, entry: SparseEntry, shapes: BaseShapes, dtype: torch.dtype | None = None
+) -> SparseModel:
+    """One sparse model of a pool.
+
+    Raises:
+        AdapterError: it is damaged, unsupported, does not fit the base, or is of another kind than the pool
+            says.
+    """
+    model = read_sparse(
+        pool.sparse_dir(entry),
+        id=entry.id,
+        base=shapes,
+        dtype=dtype,
+        override_base=entry.any_base,
+        root=pool.root,
+    )
+    if model.kind is not entry.kind:
+        raise AdapterFormatError(
+            f"sparse model {entry.id!r}: {MANIFEST} says {entry.kind}, but the files are {model.kind}"
+        )
+    return model
