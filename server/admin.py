@@ -1,4 +1,4 @@
-"""Loading and unloading experts while the server runs."""
+"""Loading and unloading experts and sparse models while the server runs."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,56 +7,71 @@ from pathlib import Path
 from loramux.adapters.errors import AdapterError
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.residency import Residency
-from loramux.server.catalog import AUTO, Catalog
+from loramux.adapters.sparse.model import SparseModel
+from loramux.adapters.sparse.shelf import Shelf, SparseCard
+from loramux.server.catalog import Catalog
 from loramux.server.errors import Conflict, RequestError, UnknownModel
 
 
 class AdapterAdmin:
     """One change at a time; a load that fails leaves nothing behind.
 
-    `read` takes a directory and an id and gives the checked adapter. A loaded expert can be named, by `model`
-    or in `lora`; the router does not know it, so `auto` never picks it.
+    `read` takes a directory and an id and gives the checked adapter or sparse model, whichever the files are.
+    A loaded expert can be named, by `model` or in `lora`, and takes part in `arrow`; the router does not know
+    it. A sparse model can be named by `model`.
     """
 
     def __init__(
-        self, catalog: Catalog, residency: Residency, root: Path, read: Callable[[Path, str], LoraAdapter]
+        self,
+        catalog: Catalog,
+        residency: Residency,
+        shelf: Shelf,
+        root: Path,
+        read: Callable[[Path, str], LoraAdapter | SparseModel],
     ) -> None:
         self._catalog = catalog
         self._residency = residency
+        self._shelf = shelf
         self._root = root
         self._read = read
         self._busy = asyncio.Lock()
 
-    async def load(self, name: str, path: str) -> LoraAdapter:
-        """Read an adapter below the adapter root and serve it as `name`.
+    async def load(self, name: str, path: str) -> LoraAdapter | SparseCard:
+        """Read an adapter or sparse model below the adapter root and serve it as `name`.
 
         Raises:
             Conflict: the name is taken.
             RequestError: the path leads elsewhere, or the adapter is refused, with the reason.
         """
         async with self._busy:
-            if name in (AUTO, self._catalog.base) or name in self._catalog.experts:
+            if self._catalog.is_taken(name):
                 raise Conflict(
                     f"{name!r} is taken; unload it first or choose another name", param="lora_name"
                 )
             folder = self._confined(path)
             try:
-                adapter = await asyncio.to_thread(self._read, folder, name)
+                found = await asyncio.to_thread(self._read, folder, name)
+                if isinstance(found, SparseModel):
+                    return await self._shelf.add(found)
             except AdapterError as error:
                 raise RequestError(str(error), param="lora_path", code="adapter_refused") from None
-            self._residency.add_expert(adapter)
-            return adapter
+            self._residency.add_expert(found)
+            return found
 
     async def unload(self, name: str) -> None:
-        """Stop serving an expert; requests that run keep it to their end.
+        """Stop serving an expert or sparse model; requests that run keep it to their end.
 
         Raises:
-            UnknownModel: no such expert.
+            UnknownModel: no such expert or sparse model.
         """
         async with self._busy:
-            if name not in self._catalog.experts:
-                raise UnknownModel(name, param="lora_name", known=tuple(sorted(self._catalog.experts)))
-            self._residency.remove_expert(name)
+            if name in self._catalog.experts:
+                self._residency.remove_expert(name)
+            elif name in self._catalog.sparse:
+                self._shelf.remove(name)
+            else:
+                loaded = (*sorted(self._catalog.experts), *sorted(self._catalog.sparse))
+                raise UnknownModel(name, param="lora_name", known=loaded)
 
     def _confined(self, path: str) -> Path:
         """The directory, links resolved, if it lies below the root."""

@@ -16,6 +16,14 @@ from loramux.adapters.layers import AdapterLayers
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.peft_format import read_lora
 from loramux.adapters.residency import Residency
+from loramux.adapters.sparse.arrow import ArrowExperts
+from loramux.adapters.sparse.arrows import Arrows
+from loramux.adapters.sparse.model import SparseModel
+from loramux.adapters.sparse.read import read_sparse
+from loramux.adapters.sparse.recognise import is_sparse
+from loramux.adapters.sparse.shelf import Shelf
+from loramux.adapters.sparse.slot import SparseSlot, place
+from loramux.kernels.packed_linear import pack_linears
 from loramux.router.router import Router as PoolRouter
 from loramux.router.service import RoutingService
 from loramux.router.store import load_router
@@ -26,6 +34,7 @@ from loramux.server.engine.model import BaseModelError, load_base
 from loramux.server.engine.protocol import Engine
 from loramux.server.errors import StartError
 from loramux.server.intake import Intake
+from loramux.server.leases import Leases
 from loramux.server.lifecycle import Lifecycle
 from loramux.server.memory.blueprint import Blueprint, Target, loaded_bytes
 from loramux.server.memory.budget import Budget, Sizes, plan_budget, router_bytes, size_text
@@ -35,6 +44,7 @@ from loramux.server.parts import Parts
 from loramux.server.pipeline import Pipeline
 from loramux.server.pool.experts import measure_experts, read_experts
 from loramux.server.pool.manifest import MANIFEST, Pool, PoolError, read_pool, verify
+from loramux.server.pool.sparse import measure_sparse_models, read_sparse_models
 from loramux.server.selection import Router, Selector, options_of
 from loramux.server.settings import Settings, api_keys
 from loramux.server.text.prompts import ChatTokenizer, Prompts
@@ -60,15 +70,24 @@ def build(settings: Settings) -> Parts:
     budget = make_budget(settings, pool, target, blueprint)
     model = load_model(location, target, budget)
     tokenizer = load_tokenizer(location)
-    read = partial(_read_adapter, shapes=shapes, dtype=target.dtype, pinned=target.device.type == "cuda")
+    read = partial(read_adapter, shapes=shapes, dtype=target.dtype, pinned=target.device.type == "cuda")
     experts = read_experts(pool, shapes, target.dtype)
     if target.device.type == "cuda":
         experts = {name: expert.pinned() for name, expert in experts.items()}
     arena = Arena(shapes, budget.rows, dtype=target.dtype, device=model.device)
     residency = make_residency(settings, experts, arena)
-    engine = make_engine(settings, model, AdapterLayers(model, arena), budget.kv_tokens)
+    layers = AdapterLayers(model, arena)
+    engine = make_engine(settings, model, layers, budget.kv_tokens)
+    sparse = read_sparse_models(pool, shapes, target.dtype)
+    shelf = Shelf(partial(place_model, layers=layers, device=model.device, dtype=target.dtype), sparse)
+    arrows = Arrows(partial(ArrowExperts, device=model.device, dtype=target.dtype))
     metrics = Metrics(
-        pool.manifest.base.id, engine.stats, residency.stats, max_blends=settings.residency.max_blends
+        pool.manifest.base.id,
+        engine.stats,
+        residency.stats,
+        max_blends=settings.residency.max_blends,
+        sparse_stats=shelf.stats,
+        arrow_bytes=lambda: arrows.nbytes,
     )
     router = RoutingService(load_pool_router(settings, pool), observe=metrics.route_stage)
     return connect(
@@ -77,6 +96,8 @@ def build(settings: Settings) -> Parts:
         keys=keys,
         base=pool.manifest.base.id,
         residency=residency,
+        shelf=shelf,
+        arrows=arrows,
         engine=engine,
         router=router,
         tokenizer=tokenizer,
@@ -93,28 +114,30 @@ def connect(
     keys: tuple[str, ...],
     base: str,
     residency: Residency,
+    shelf: Shelf,
+    arrows: Arrows,
     engine: Engine,
     router: Router,
     tokenizer: ChatTokenizer,
-    read: Callable[[Path, str], LoraAdapter],
+    read: Callable[[Path, str], LoraAdapter | SparseModel],
     adapter_root: Path,
     fingerprint: str,
 ) -> Parts:
     """The parts of a server around a residency, an engine and a router, whichever they are."""
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    catalog = Catalog(base, residency.experts, engine.max_context)
+    catalog = Catalog(base, residency.experts, engine.max_context, shelf.cards)
     prompts = Prompts(tokenizer, vocabulary, engine.max_context)
     lifecycle = Lifecycle()
     selector = Selector(
         catalog=catalog,
         router=router,
-        merge=settings.routing.merge,
+        defaults=settings.routing,
         weight_step=settings.residency.weight_step,
         metrics=metrics,
     )
     pipeline = Pipeline(
         selector=selector,
-        residency=residency,
+        leases=Leases(residency, shelf, arrows),
         engine=engine,
         vocabulary=vocabulary,
         metrics=metrics,
@@ -131,10 +154,11 @@ def connect(
         router=router,
         selector=selector,
         residency=residency,
+        shelf=shelf,
         engine=engine,
         pipeline=pipeline,
         metrics=metrics,
-        admin=AdapterAdmin(catalog, residency, adapter_root, read),
+        admin=AdapterAdmin(catalog, residency, shelf, adapter_root, read),
         fingerprint=fingerprint,
     )
 
@@ -190,7 +214,13 @@ def make_budget(settings: Settings, pool: Pool, target: Target, blueprint: Bluep
         AdapterError: an expert's config or header shows that it cannot be served.
     """
     shapes = blueprint.shapes(pool.manifest.base.id)
-    sizes = Sizes(blueprint, shapes, measure_experts(pool, shapes), router_bytes(pool, settings.encoder))
+    sizes = Sizes(
+        blueprint,
+        shapes,
+        experts=measure_experts(pool, shapes),
+        router_bytes=router_bytes(pool, settings.encoder),
+        sparse=measure_sparse_models(pool, shapes),
+    )
     budget = plan_budget(settings, target, sizes, device_room(target.device), host_room())
     log.info("memory\n%s", budget.table())
     return budget
@@ -210,6 +240,7 @@ def load_model(location: str, target: Target, budget: Budget) -> PreTrainedModel
         raise StartError(str(error)) from None
     held = loaded_bytes(model)
     log.info("base: %s estimated, %s loaded", size_text(budget.base), size_text(held))
+    pack_linears(model)
     return model
 
 
@@ -247,8 +278,28 @@ def fingerprint(pool: Pool) -> str:
     return f"loramux-{digest[:12]}"
 
 
-def _read_adapter(
+def place_model(
+    model: SparseModel, *, layers: AdapterLayers, device: torch.device, dtype: torch.dtype
+) -> SparseSlot:
+    """A sparse model on the device, with the base's layers ready for it.
+
+    Raises:
+        AdapterError: the base has no such module.
+    """
+    slot = place(model, device, dtype)
+    layers.prepare(slot)
+    return slot
+
+
+def read_adapter(
     folder: Path, name: str, *, shapes: BaseShapes, dtype: torch.dtype, pinned: bool
-) -> LoraAdapter:
+) -> LoraAdapter | SparseModel:
+    """A directory below the adapter root, whichever of the two it holds.
+
+    Raises:
+        AdapterError: it is damaged, unsupported, or does not fit the base.
+    """
+    if is_sparse(folder):
+        return read_sparse(folder, id=name, base=shapes, dtype=dtype)
     adapter = read_lora(folder, id=name, base=shapes, dtype=dtype)
     return adapter.pinned() if pinned else adapter

@@ -3,9 +3,11 @@
 import time
 from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any
 
 from loramux.adapters.lora import LoraAdapter
+from loramux.adapters.sparse.shelf import SparseCard
 from loramux.server.errors import StartError, UnknownModel
 from loramux.server.wire.models import model_card
 
@@ -18,20 +20,32 @@ class Kind(StrEnum):
     AUTO = "auto"
     BASE = "base"
     EXPERT = "expert"
+    SPARSE = "sparse"
 
 
 class Catalog:
-    """`auto`, the base and the experts; experts come and go, so the mapping is looked up live."""
+    """`auto`, the base, the experts and the sparse models; the latter two come and go, so their mappings are
+    looked up live."""
 
-    def __init__(self, base: str, experts: Mapping[str, LoraAdapter], max_context: int) -> None:
+    def __init__(
+        self,
+        base: str,
+        experts: Mapping[str, LoraAdapter],
+        max_context: int,
+        sparse: Mapping[str, SparseCard] = MappingProxyType({}),
+    ) -> None:
         self.base = base
         self.experts = experts
+        self.sparse = sparse
         self._max_context = max_context
         self._created = int(time.time())
-        for name in (AUTO, base):
-            if name in experts:
+        for kind, names, taken in (
+            ("an expert", experts, {AUTO, base}),
+            ("a sparse model", sparse, {AUTO, base, *experts}),
+        ):
+            for name in sorted(taken.intersection(names)):
                 raise StartError(
-                    f"the pool has an expert called {name!r}, which is the name of something else; rename it"
+                    f"the pool has {kind} called {name!r}, which is the name of something else; rename it"
                 )
         if base == AUTO:
             raise StartError(f"the base may not be called {AUTO!r}; give it another id in pool.json")
@@ -48,6 +62,8 @@ class Catalog:
             return Kind.BASE
         if model in self.experts:
             return Kind.EXPERT
+        if model in self.sparse:
+            return Kind.SPARSE
         raise UnknownModel(model, known=tuple(self.names()))
 
     def expert(self, name: str, *, param: str = "lora") -> LoraAdapter:
@@ -63,7 +79,11 @@ class Catalog:
 
     def names(self) -> list[str]:
         """Every name, in the order of `/v1/models`."""
-        return [AUTO, self.base, *sorted(self.experts)]
+        return [AUTO, self.base, *sorted(self.experts), *sorted(self.sparse)]
+
+    def is_taken(self, name: str) -> bool:
+        """Whether something is called that."""
+        return name in (AUTO, self.base) or name in self.experts or name in self.sparse
 
     def card(self, model: str) -> dict[str, Any]:
         """The `/v1/models` entry.
@@ -76,5 +96,14 @@ class Catalog:
             Kind.AUTO: (self.base, self.base),
             Kind.BASE: (self.base, None),
             Kind.EXPERT: (model, self.base),
+            Kind.SPARSE: (model, self.base),
         }[kind]
-        return model_card(model, self._created, root=root, parent=parent, context=self._max_context)
+        about = self.sparse[model] if kind is Kind.SPARSE else None
+        return model_card(
+            model,
+            self._created,
+            root=root,
+            parent=parent,
+            context=self._max_context,
+            about=None if about is None else {"kind": about.kind, **about.summary},
+        )

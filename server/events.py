@@ -40,8 +40,8 @@ class Opened:
         }
 
     def header(self) -> str:
-        """`x-loramux-experts`: `math=0.71,code=0.29`; empty for the base alone."""
-        return ",".join(f"{expert.id}={expert.weight:g}" for expert in self.selection.experts)
+        """`x-loramux-experts`."""
+        return self.selection.header()
 
 
 @dataclass(frozen=True, slots=True)

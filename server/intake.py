@@ -51,8 +51,9 @@ class Intake:
 
     def _check(self, request: GenerationFields) -> None:
         kind = self._catalog.resolve(request.model)
-        if request.lora is not None and kind is Kind.EXPERT:
-            raise RequestError("lora cannot be combined with a model that is an expert; use auto or the base",
+        if request.lora is not None and kind in (Kind.EXPERT, Kind.SPARSE):
+            what = "an expert" if kind is Kind.EXPERT else "a sparse model"
+            raise RequestError(f"lora cannot be combined with a model that is {what}; use auto or the base",
                                param="lora", code="invalid_value")  # fmt: skip
         if request.routing is not None and kind is not Kind.AUTO:
             raise RequestError("routing needs model auto", param="routing", code="invalid_value")

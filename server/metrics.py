@@ -12,8 +12,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from loramux.adapters.sparse.shelf import SparseStats
 from loramux.server.engine.protocol import EngineStats
 from loramux.server.job import Job, State
+from loramux.server.sparse_metrics import SparseCollector
 
 MAX_LABELS = 256
 OTHER = "other"
@@ -56,6 +58,8 @@ class Metrics:
         residency_stats: Callable[[], ResidencyNumbers],
         *,
         max_blends: int,
+        sparse_stats: Callable[[], SparseStats] = SparseStats,
+        arrow_bytes: Callable[[], int] = int,
     ) -> None:
         self.registry = CollectorRegistry()
         self._base = base
@@ -65,6 +69,7 @@ class Metrics:
         self._make_routing()
         self._make_http()
         self.registry.register(_Snapshot(base, engine_stats, residency_stats, self.live, max_blends))
+        self.registry.register(SparseCollector(sparse_stats, arrow_bytes))
 
     def _make_latency(self) -> None:
         own = self.registry
@@ -214,7 +219,7 @@ class Metrics:
         entropy: float | None = None,
         truncated: bool = False,
     ) -> None:
-        """A blend was chosen: `outcome` is routed, fallback, named or given."""
+        """A blend was chosen: `outcome` is routed, fallback, named, given or arrow."""
         self._decisions.labels(outcome).inc()
         for expert in experts:
             self._selected.labels(self._bounded("expert", expert)).inc()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from loramux.adapters.residency import Residency
+from loramux.adapters.sparse.shelf import Shelf
 from loramux.server.admin import AdapterAdmin
 from loramux.server.catalog import Catalog
 from loramux.server.engine.protocol import Engine
@@ -30,6 +31,7 @@ class Parts:
     router: Router
     selector: Selector
     residency: Residency
+    shelf: Shelf
     engine: Engine
     pipeline: Pipeline
     metrics: Metrics

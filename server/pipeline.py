@@ -5,12 +5,13 @@ import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 
-from loramux.adapters.residency import Lease, Residency
+from loramux.adapters.residency import Lease
 from loramux.server.ask import Ask
 from loramux.server.decoding import Begun, decode
 from loramux.server.engine.protocol import Engine
 from loramux.server.events import BlendReport, Closed, Delta, Event, Opened
 from loramux.server.job import Job, State
+from loramux.server.leases import Leases
 from loramux.server.lifecycle import Lifecycle
 from loramux.server.metrics import Metrics
 from loramux.server.selection import Selection, Selector
@@ -24,14 +25,14 @@ class Pipeline:
         self,
         *,
         selector: Selector,
-        residency: Residency,
+        leases: Leases,
         engine: Engine,
         vocabulary: Vocabulary,
         metrics: Metrics,
         lifecycle: Lifecycle,
     ) -> None:
         self._selector = selector
-        self._residency = residency
+        self._leases = leases
         self._engine = engine
         self._vocabulary = vocabulary
         self._metrics = metrics
@@ -51,9 +52,9 @@ class Pipeline:
             selection = await self._selector.select(ask)
             job.to(State.ROUTED)
             job.experts = selection.ids
-            blend = self._selector.blend(selection)
+            mixture = self._selector.mixture(selection)
             job.to(State.MERGING)
-            async with self._residency.lease(blend) as lease:
+            async with self._leases.lease(mixture) as lease:
                 job.to(State.WAITING)
                 async with aclosing(self._generate(ask, job, selection, lease)) as events:
                     async for event in events:

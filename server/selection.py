@@ -4,12 +4,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from loramux.adapters.blend import Blend
+from loramux.adapters.sparse.arrows import TEMPERATURE, ArrowMixture
 from loramux.router.decision import Candidate, Decision, RoutingOptions
 from loramux.server.ask import Ask
 from loramux.server.catalog import Catalog, Kind
+from loramux.server.errors import RequestError
+from loramux.server.leases import Mixture, SparseChoice
 from loramux.server.metrics import Metrics
 from loramux.server.settings import RoutingSettings
-from loramux.server.wire.generation import RoutingFields
+from loramux.server.wire.generation import ARROW, RoutingFields
 
 NAMED = "named"
 GIVEN = "given"
@@ -27,10 +30,25 @@ class SelectedExpert:
 
 
 @dataclass(frozen=True, slots=True)
+class ArrowChoice:
+    """Every token chooses `top_k` of the experts of these ids."""
+
+    ids: tuple[str, ...]
+    top_k: int
+    temperature: float = TEMPERATURE
+
+    def body(self) -> list[dict[str, Any]]:
+        """The candidates as the experts of an answer; a prompt has no weights."""
+        names = ("weight", "similarity", "probability", "score")
+        return [{"id": id, **dict.fromkeys(names)} for id in self.ids]
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """What will answer.
 
-    `strategy` is the router's, or `named` for a model by name, or `given` for a client's own mixture.
+    `strategy` is the router's, or `named` for a model by name, or `given` for a client's own mixture, or
+    `arrow`, which has its experts in the field of that name.
     """
 
     strategy: str
@@ -38,17 +56,24 @@ class Selection:
     fallback: bool = False
     truncated: bool = False
     method: str = "exact"
+    arrow: ArrowChoice | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
         """The experts' ids."""
-        return tuple(expert.id for expert in self.experts)
+        return tuple(expert.id for expert in self.experts) if self.arrow is None else self.arrow.ids
+
+    def header(self) -> str:
+        """`x-loramux-experts`: `math=0.71,code=0.29`; empty for the base alone, `*` for arrow."""
+        if self.arrow is not None:
+            return "*"
+        return ",".join(f"{expert.id}={expert.weight:g}" for expert in self.experts)
 
     def body(self) -> dict[str, Any]:
         """The `route` object of an answer."""
         return {
             "strategy": self.strategy,
-            "experts": [_scored(expert) for expert in self.experts],
+            "experts": [_scored(e) for e in self.experts] if self.arrow is None else self.arrow.body(),
             "fallback": self.fallback,
             "truncated": self.truncated,
         }
@@ -74,13 +99,13 @@ class Selector:
         *,
         catalog: Catalog,
         router: Router,
-        merge: str,
+        defaults: RoutingSettings,
         weight_step: float,
         metrics: Metrics,
     ) -> None:
         self._catalog = catalog
         self._router = router
-        self._merge = merge
+        self._defaults = defaults
         self._step = weight_step
         self._metrics = metrics
 
@@ -96,12 +121,27 @@ class Selector:
             return self._counted(Selection(GIVEN, self._on_grid(chosen)))
         if kind is Kind.BASE:
             return self._counted(Selection(NAMED))
-        if kind is Kind.EXPERT:
+        if kind in (Kind.EXPERT, Kind.SPARSE):
             return self._counted(Selection(NAMED, (SelectedExpert(ask.model, 1.0),)))
+        if ask.routing is not None and ask.routing.strategy == ARROW:
+            return self._arrow(ask.routing)
         return await self._route(ask)
 
+    def mixture(self, selection: Selection) -> Mixture:
+        """Step 3: what a selection has to lease.
+
+        Raises:
+            BlendError: a weight or the merge method is not acceptable.
+        """
+        if (arrow := selection.arrow) is not None:
+            experts = [self._catalog.expert(id) for id in arrow.ids]
+            return ArrowMixture.of(experts, top_k=arrow.top_k, temperature=arrow.temperature)
+        if len(selection.ids) == 1 and selection.ids[0] in self._catalog.sparse:
+            return SparseChoice(selection.ids[0])
+        return self.blend(selection)
+
     def blend(self, selection: Selection) -> Blend:
-        """Step 3: the canonical blend of a selection.
+        """The canonical blend of a selection of weighted experts.
 
         Raises:
             BlendError: a weight or the merge method is not acceptable.
@@ -116,8 +156,15 @@ class Selector:
         """The whole decision about a text, for `/v1/route`.
 
         Raises:
+            RequestError: arrow, which decides nothing about a whole text.
             RouterError: impossible options, or the router failed.
         """
+        if asked is not None and asked.strategy == ARROW:
+            raise RequestError(
+                "routing.strategy: arrow chooses experts token by token; there is no decision to show",
+                param="routing.strategy",
+                code="invalid_value",
+            )
         return explained(await self._router.decide(text, _options(asked)))
 
     async def _route(self, ask: Ask) -> Selection:
@@ -129,7 +176,7 @@ class Selector:
             self._on_grid(_rescaled(served, sum(expert.weight for expert in decision.experts))),
             fallback=decision.fallback or not served,
             truncated=decision.truncated,
-            method=asked or self._merge,
+            method=asked or self._defaults.merge,
         )
         self._metrics.routed(
             "fallback" if selection.fallback else "routed",
@@ -139,6 +186,17 @@ class Selector:
             truncated=decision.truncated,
         )
         return selection
+
+    def _arrow(self, asked: RoutingFields) -> Selection:
+        """Every expert that is loaded; the tokens choose."""
+        ids = tuple(sorted(self._catalog.experts))
+        self._metrics.routed(ARROW if ids else "fallback", ())
+        if not ids:
+            return Selection(ARROW, fallback=True)
+        temperature = TEMPERATURE if asked.temperature is None else asked.temperature
+        return Selection(
+            ARROW, arrow=ArrowChoice(ids, min(asked.top_m or self._defaults.top_m, len(ids)), temperature)
+        )
 
     def _counted(self, selection: Selection) -> Selection:
         self._metrics.routed(selection.strategy, selection.ids)
@@ -170,7 +228,7 @@ def options_of(settings: RoutingSettings) -> RoutingOptions:
 
 def _options(asked: RoutingFields | None) -> RoutingOptions:
     """What the client changes; the router knows the defaults."""
-    if asked is None:
+    if asked is None or asked.strategy == "arrow":  # spelt out, which a type checker can follow
         return RoutingOptions()
     return RoutingOptions(
         strategy=asked.strategy,

@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Request, Response
 
 from loramux.adapters.lora import LoraAdapter
+from loramux.adapters.sparse.shelf import SparseCard
 from loramux.server.edge.body import read_json
 from loramux.server.parts import Parts
 from loramux.server.wire.admin import LoadAdapterRequest, UnloadAdapterRequest
@@ -31,14 +32,26 @@ def admin_routes(parts: Parts) -> APIRouter:
         resident = set(parts.residency.stats().resident_experts)
         experts = parts.catalog.experts
         data = [_described(experts[name]) | {"resident": name in resident} for name in sorted(experts)]
+        sparse = parts.catalog.sparse
+        data += [_described(sparse[name]) | {"resident": True} for name in sorted(sparse)]
         return Response(encode_json({"object": "list", "data": data}), media_type="application/json")
 
     return router
 
 
-def _described(adapter: LoraAdapter) -> dict[str, object]:
+def _described(adapter: LoraAdapter | SparseCard) -> dict[str, object]:
+    if isinstance(adapter, SparseCard):
+        return {
+            "id": adapter.id,
+            "kind": adapter.kind,
+            "content_hash": adapter.content_hash,
+            "rank": adapter.rank,
+            "modules": adapter.modules,
+            "bytes": adapter.nbytes,
+        }
     return {
         "id": adapter.id,
+        "kind": "lora",
         "content_hash": adapter.content_hash,
         "rank": adapter.max_rank,
         "modules": len(adapter.pairs),

@@ -15,6 +15,7 @@ from loramux.server.wire.strict import (
 )
 
 INT64 = 2**63
+ARROW = "arrow"
 
 
 class StreamOptions(StrictModel):
@@ -31,9 +32,12 @@ class LoraScale(StrictModel):
 
 
 class RoutingFields(StrictModel):
-    """`routing`: what the client changes of the routing defaults."""
+    """`routing`: what the client changes of the routing defaults.
 
-    strategy: Literal["similarity", "classifier", "hybrid"] | None = None
+    `arrow` routes token by token, so what decides about a whole prompt does not go with it.
+    """
+
+    strategy: Literal["similarity", "classifier", "hybrid", "arrow"] | None = None
     top_m: int | None = Field(None, ge=1)
     policy: Literal["proportional", "softmax", "hydra_minmax"] | None = None
     temperature: float | None = Field(None, gt=0, le=1000)
@@ -44,6 +48,15 @@ class RoutingFields(StrictModel):
     @classmethod
     def _bounded(cls, value: int | None, info: ValidationInfo) -> int | None:
         return at_most(value, limits_of(info).max_experts)
+
+    @model_validator(mode="after")
+    def _fits_the_strategy(self) -> Self:
+        for name in ("policy", "threshold", "merge") if self.strategy == ARROW else ():
+            if getattr(self, name) is not None:
+                raise field_error(
+                    f"routing.{name}", "means nothing with strategy arrow, which takes top_m and temperature"
+                )
+        return self
 
 
 class GenerationFields(StrictModel):

@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,14 @@ from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import AdapterFormatError
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.residency import Residency
+from loramux.adapters.sparse.arrows import Arrows
+from loramux.adapters.sparse.model import (
+    Kind,
+    RankMixture,
+    SparseModel,
+)
+from loramux.adapters.sparse.shelf import Shelf
+from loramux.adapters.sparse.tally import ExpertLoad
 from loramux.server.app import create_app
 from loramux.server.build import connect
 from loramux.server.metrics import Metrics
@@ -41,8 +50,46 @@ def expert(name: str, rank: int = 4) -> LoraAdapter:
     return LoraAdapter(name, f"hash of {name}", pairs)
 
 
-def read_expert(folder: Path, name: str) -> LoraAdapter:
-    """Stands for the PEFT reader: a folder is an adapter when it has an `ok` file."""
+def sparse_model(name: str, kind: Kind = Kind.LORACOE, rank: int = 4) -> SparseModel:
+    """A random sparse model."""
+    mixture = RankMixture(
+        torch.randn(rank, 16), torch.randn(24, rank), 1.0, torch.randn(2 * rank, 16), experts=2
+    )
+    return SparseModel(
+        name, kind, f"sha256:{name}", linear={"up": mixture}, summary={"experts": 2, "rank": rank}
+    )
+
+
+@dataclass(eq=False)
+class Tray:
+    """Stands for a placed model; the scripted engine computes nothing with it."""
+
+    model: SparseModel
+    released: bool = False
+    nbytes: int = 1000
+
+    def load(self) -> ExpertLoad:
+        return ExpertLoad((5, 3), 0.25)
+
+    def release(self) -> None:
+        self.released = True
+
+
+@dataclass(eq=False)
+class Quiver:
+    """Stands for experts made ready for arrow."""
+
+    experts: Sequence[LoraAdapter]
+    nbytes: int = 500
+
+    def slot(self, top_k: int, temperature: float) -> Any:
+        return (self, top_k, temperature)
+
+
+def read_expert(folder: Path, name: str) -> LoraAdapter | SparseModel:
+    """Stands for the readers: a folder with a file `ok` is an adapter, one with `sparse` a sparse model."""
+    if (folder / "sparse").exists():
+        return sparse_model(name)
     if not (folder / "ok").exists():
         raise AdapterFormatError(f"{folder.name}: adapter_config.json is missing")
     return expert(name)
@@ -102,20 +149,36 @@ class Served:
 
 @contextmanager
 def serving(
-    tmp_path: Path, *, engine: ScriptedEngine | None = None, keys: tuple[str, ...] = (), **flags: Any
+    tmp_path: Path,
+    *,
+    engine: ScriptedEngine | None = None,
+    keys: tuple[str, ...] = (),
+    sparse: Sequence[SparseModel] = (),
+    **flags: Any,
 ) -> Iterator[Served]:
     """A server on a free port, stopped at the end; no lease and no row may be left over."""
     settings: Settings = load_settings(flags={"drain_seconds": 2, **flags})
     engine = engine or ScriptedEngine(saying(TOKENIZER, "Hello, world."))
     router = WordRouter(EXPERTS)
     residency = Residency({name: expert(name) for name in EXPERTS}, Arena(SHAPES, 64))
-    metrics = Metrics(BASE, engine.stats, residency.stats, max_blends=8)
+    shelf = Shelf(Tray, sparse)
+    arrows = Arrows(Quiver)
+    metrics = Metrics(
+        BASE,
+        engine.stats,
+        residency.stats,
+        max_blends=8,
+        sparse_stats=shelf.stats,
+        arrow_bytes=lambda: arrows.nbytes,
+    )
     parts = connect(
         settings,
         metrics=metrics,
         keys=keys,
         base=BASE,
         residency=residency,
+        shelf=shelf,
+        arrows=arrows,
         engine=engine,
         router=router,
         tokenizer=TOKENIZER,
@@ -123,12 +186,32 @@ def serving(
         adapter_root=tmp_path / "adapters",
         fingerprint="loramux-test",
     )
+    with listening(parts) as (url, loop):
+        running = Served(parts, engine, router, url)
+        running.loop = loop
+        try:
+            yield running
+            running.release()
+            running.wait_for(lambda: parts.lifecycle.active == 0)
+            residency.check_integrity()
+            shelf.check_integrity()
+            assert residency.stats().pinned_bytes == 0
+            assert engine.running == 0
+            assert not parts.metrics.live
+        finally:
+            running.http.close()
+            running.client.close()
+
+
+@contextmanager
+def listening(parts: Parts) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
+    """The app over `parts` on a free port, in a thread of its own; its address and its loop."""
     server = uvicorn.Server(uvicorn.Config(create_app(parts), port=0, log_level="warning", lifespan="on"))
     started = threading.Event()
-    served = Served(parts, engine, router, "")
+    loops: list[asyncio.AbstractEventLoop] = []
 
     async def main() -> None:
-        served.loop = asyncio.get_running_loop()
+        loops.append(asyncio.get_running_loop())
         task = asyncio.create_task(server.serve())
         while not server.started and not task.done():
             await asyncio.sleep(0.002)
@@ -139,19 +222,9 @@ def serving(
     thread.start()
     assert started.wait(30)
     port = server.servers[0].sockets[0].getsockname()[1]
-    running = Served(parts, engine, router, f"http://127.0.0.1:{port}")
-    running.loop = served.loop
     try:
-        yield running
-        running.release()
-        running.wait_for(lambda: parts.lifecycle.active == 0)
-        residency.check_integrity()
-        assert residency.stats().pinned_bytes == 0
-        assert engine.running == 0
-        assert not parts.metrics.live
+        yield f"http://127.0.0.1:{port}", loops[0]
     finally:
-        running.http.close()
-        running.client.close()
         server.should_exit = True
         thread.join(20)
     assert not thread.is_alive()
