@@ -11,7 +11,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-VOCABULARY = 8192
 CONTEXT = 2048
 SHARD_BYTES = 2**31
 SPREAD = 0.02
@@ -19,7 +18,10 @@ SPREAD = 0.02
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a Llama, and the experts of its pool. `has_goals`: the goals were set for this shape."""
+    """Sizes of a Llama, and the experts of its pool.
+
+    `tied`: the output head is the embedding. `has_goals`: the goals were set for this shape.
+    """
 
     name: str
     hidden: int
@@ -28,7 +30,8 @@ class Shape:
     heads: int
     experts: int = 8
     rank: int = 16
-    vocabulary: int = VOCABULARY
+    vocabulary: int = 32000
+    tied: bool = False
     has_goals: bool = False
 
     def config(self, layers: int | None = None) -> LlamaConfig:
@@ -41,16 +44,16 @@ class Shape:
             num_attention_heads=self.heads,
             num_key_value_heads=self.heads,
             max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
+            tie_word_embeddings=self.tied,
         )
 
 
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("tiny", 256, 768, 6, 8),
-        Shape("0.39b", 1024, 2816, 24, 16, has_goals=True),
-        Shape("7b", 4096, 11008, 32, 32, experts=16, vocabulary=32000, has_goals=True),
+        Shape("tiny", 256, 768, 6, 8, vocabulary=8192, tied=True),
+        Shape("0.39b", 1024, 3072, 24, 16, has_goals=True),
+        Shape("7b", 4096, 11008, 32, 32, experts=16, has_goals=True),
     )
 }
 
@@ -60,7 +63,9 @@ def write_base(shape: Shape, folder: Path, dtype: torch.dtype) -> None:
     config = shape.config()
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(config)
-    kept = {name: value for name, value in skeleton.state_dict().items() if name != "lm_head.weight"}
+    kept = skeleton.state_dict()
+    if shape.tied:
+        del kept["lm_head.weight"]
     shards = list(_shards(kept, dtype.itemsize))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
