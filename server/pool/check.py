@@ -52,7 +52,7 @@ def check_pool(root: Path) -> list[str]:
             try:
                 read_entry(pool, sparse, shapes)
             except AdapterError as error:
-                problems.append(f"sparse model {sparse.id}: {error}")
+                problems.append(str(error))
     try:
         load_router(pool.router_dir, experts=[entry.id for entry in pool.manifest.experts])
     except RouterError as error:

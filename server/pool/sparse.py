@@ -1,9 +1,12 @@
 """The sparse models of a pool, read and checked."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from loramux.adapters.base_shapes import BaseShapes
-from loramux.adapters.errors import AdapterFormatError
+from loramux.adapters.errors import AdapterError, AdapterFormatError
 from loramux.adapters.sparse.model import SparseModel
 from loramux.adapters.sparse.read import SparseSize, measure_sparse, read_sparse
 from loramux.server.pool.manifest import MANIFEST, Pool, SparseEntry
@@ -26,12 +29,13 @@ def measure_sparse_models(pool: Pool, shapes: BaseShapes) -> dict[str, SparseSiz
     Raises:
         AdapterError: as `read_sparse_models`, as far as configs and headers show it.
     """
-    return {
-        entry.id: measure_sparse(
-            pool.sparse_dir(entry), base=shapes, override_base=entry.any_base, root=pool.root
-        )
-        for entry in pool.manifest.sparse
-    }
+    sizes = {}
+    for entry in pool.manifest.sparse:
+        with _named(entry):
+            sizes[entry.id] = measure_sparse(
+                pool.sparse_dir(entry), base=shapes, override_base=entry.any_base, root=pool.root
+            )
+    return sizes
 
 
 def read_entry(
@@ -43,16 +47,24 @@ def read_entry(
         AdapterError: it is damaged, unsupported, does not fit the base, or is of another kind than the pool
             says.
     """
-    model = read_sparse(
-        pool.sparse_dir(entry),
-        id=entry.id,
-        base=shapes,
-        dtype=dtype,
-        override_base=entry.any_base,
-        root=pool.root,
-    )
-    if model.kind is not entry.kind:
-        raise AdapterFormatError(
-            f"sparse model {entry.id!r}: {MANIFEST} says {entry.kind}, but the files are {model.kind}"
+    with _named(entry):
+        model = read_sparse(
+            pool.sparse_dir(entry),
+            id=entry.id,
+            base=shapes,
+            dtype=dtype,
+            override_base=entry.any_base,
+            root=pool.root,
         )
-    return model
+        if model.kind is not entry.kind:
+            raise AdapterFormatError(f"{MANIFEST} says {entry.kind}, but the files are {model.kind}")
+        return model
+
+
+@contextmanager
+def _named(entry: SparseEntry) -> Iterator[None]:
+    """Errors begin with the model's id: an operator knows models by it."""
+    try:
+        yield
+    except AdapterError as error:
+        raise type(error)(f"sparse model {entry.id}: {error}") from error

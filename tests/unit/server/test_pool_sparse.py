@@ -161,8 +161,17 @@ def test_a_damaged_model_is_refused_by_tensor_and_id(root: Path, how: str) -> No
     assert line.startswith("sparse model mix: ")
     assert named in line
     pool: Pool = read_pool(root)
-    with pytest.raises(AdapterError, match=named.replace(".", r"\.")):
+    with pytest.raises(AdapterError, match="^sparse model mix: .*" + named.replace(".", r"\.")):
         read_sparse_models(pool, shapes())
+
+
+def test_what_a_header_shows_is_refused_before_anything_is_loaded(root: Path) -> None:
+    model = random_mixlora(shapes(), "mix")
+    tensors = mixlora_tensors(model)
+    named = spoil(tensors, "transposed")
+    save_mixlora(model, root / "sparse" / "mix", "tiny", tensors)
+    with pytest.raises(AdapterError, match="^sparse model mix: .*" + named.replace(".", r"\.")):
+        measure_sparse_models(read_pool(root), shapes())
 
 
 def test_a_changed_file_is_found(root: Path) -> None:
