@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from loramux.adapters.adapter_files import CONFIG_FILE, TENSOR_FILE
 from loramux.adapters.training.errors import DivergedError, OptionError
 from loramux.adapters.training.evaluate import loss_per_token
-from loramux.adapters.training.frozen import unpack_linears
 from loramux.adapters.training.rows import Row
 from loramux.adapters.training.run import RunOptions, Work, examples_for, fit
 
@@ -96,7 +95,6 @@ def train_expert(
     if (record := work.finished()) is not None:
         return ExpertReport(**record)
     examples = examples_for(tokenizer, rows, held_out, options, label)
-    unpack_linears(model)
     unseen, pad = examples.unseen, examples.pad
     base_loss = loss_per_token(model, unseen, pad_id=pad) if unseen else None
     peft_model = _with_lora(model, options, label)

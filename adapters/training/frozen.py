@@ -11,26 +11,8 @@ import torch
 from torch import nn
 
 from loramux.adapters.training.errors import OptionError
-from loramux.kernels.packed_linear import PackedLinear
 
 _BLOCK = re.compile(r"(?:.*\.)?layers\.\d+\.(self_attn|mlp)")
-
-
-def unpack_linears(model: nn.Module) -> int:
-    """Give layers in oneDNN's layout their ordinary form back; returns how many.
-
-    The packed product has no gradient: what lies below it would stop learning, with no more than a warning.
-    """
-    unpacked = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, PackedLinear):
-                plain = nn.Linear(child.in_features, child.out_features, device="meta")
-                plain.weight = nn.Parameter(child.weight.detach().to_dense(), requires_grad=False)
-                plain.bias = child.bias
-                setattr(parent, name, plain)
-                unpacked += 1
-    return unpacked
 
 
 def blocks(model: nn.Module, kind: str) -> dict[str, nn.Module]:

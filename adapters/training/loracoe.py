@@ -126,7 +126,8 @@ class LoraCoeTrainer:
                 scale=self.options.scale,
                 router=module.router.detach().cpu().clone() if module.gated else None,
                 experts=self.options.experts,
-                gain=self.options.gain,
-                bypass=1.0 / self.options.rank,
+                # The warm-up trained without gate and gain, and its checkpoint must say the same.
+                gain=self.options.gain if module.gated else 1.0,
+                bypass=1.0 / self.options.rank if module.gated else 1.0,
             )
         return SparseModel(id=id, kind=self.kind, content_hash="", linear=linear_modules)

@@ -15,7 +15,7 @@ from loramux.adapters.training.batches import Batch
 from loramux.adapters.training.errors import DivergedError
 from loramux.adapters.training.evaluate import loss_per_token
 from loramux.adapters.training.factors import Factors
-from loramux.adapters.training.frozen import replaced, unpack_linears
+from loramux.adapters.training.frozen import replaced
 from loramux.adapters.training.loracoe import LoraCoeOptions, LoraCoeTrainer
 from loramux.adapters.training.loramoe import LoraMoeOptions, LoraMoeTrainer
 from loramux.adapters.training.mixlora import MixLoraOptions, MixLoraTrainer
@@ -104,7 +104,6 @@ def train_mixture(
     if (record := work.finished()) is not None:
         return MixtureReport(**record)
     examples = examples_for(tokenizer, rows, held_out, options, label)
-    unpack_linears(model)
     base_loss = _measure(model, examples)
     trainer = trainer_for(model, options)
     run = _Run(model, trainer, examples, options, work, base_id, label, dtype)

@@ -48,7 +48,7 @@ class _Linear(nn.Module):
         total = torch.zeros(one.b.shape[0], dtype=torch.float64)
         for expert in range(one.experts):
             if one.router is None:
-                gate = torch.ones(rank, dtype=torch.float64)  # what the warm-up trained with
+                gate = torch.full((rank,), one.bypass * one.gain, dtype=torch.float64)
             else:
                 rows = one.router.double()[expert * rank : (expert + 1) * rank]
                 gate = torch.softmax(rows @ x / one.temperature, 0) * one.gain

@@ -151,9 +151,11 @@ def test_a_killed_run_goes_on_where_it_was_in_either_phase(name, died, opened, t
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_loracoe_leaves_its_warm_up_as_a_checkpoint_without_routers(base, opened, tmp_path):
+@pytest.mark.parametrize("gain", ["rank", "none", 3.0])
+def test_loracoe_leaves_its_warm_up_as_a_checkpoint_that_says_the_same(gain, base, opened, tmp_path):
     model, tokenizer = opened
-    report = train_mixture(model, tokenizer, ROWS, UNSEEN, tmp_path / "m", OPTIONS["loracoe"], base_id="tiny")
+    options = dataclasses.replace(OPTIONS["loracoe"], gate_gain=gain)
+    report = train_mixture(model, tokenizer, ROWS, UNSEEN, tmp_path / "m", options, base_id="tiny")
     assert report.warmup_loss < report.base_loss
     warmup = tmp_path / "m.work" / "warmup"
     config = json.loads((warmup / "adapter_config.json").read_text())
@@ -161,8 +163,11 @@ def test_loracoe_leaves_its_warm_up_as_a_checkpoint_without_routers(base, opened
     tensors = load_file(warmup / "adapter_model.safetensors")
     assert {key.rpartition(".lora_")[2] for key in tensors} == {"A.weight", "B.weight"}
     joint = json.loads((tmp_path / "m" / "adapter_config.json").read_text())
-    assert (joint["phase"], joint["gate_gain"]) == ("joint", "rank")
-    assert read_sparse(warmup, id="w", base=BaseShapes.from_config_dir(base, "tiny")).linear
+    assert (joint["phase"], joint["gate_gain"]) == ("joint", gain)
+    read = read_sparse(warmup, id="w", base=BaseShapes.from_config_dir(base, "tiny"))
+    unseen = encode_rows(tokenizer, UNSEEN, 512)
+    measured = loss_per_token(scripted(model, read), unseen, pad_id=tokenizer.pad_token_id)
+    assert measured == pytest.approx(report.warmup_loss, rel=1e-3)
 
 
 def test_the_joint_phase_once_saw_the_same_rows_again(opened, tmp_path, monkeypatch):
