@@ -80,13 +80,19 @@ def stack(experts: int, shape: tuple[int, int], rank: int, scale: float = 2.0) -
     )
 
 
-def pair(shape: tuple[int, int], rank: int) -> LoraPair:
+def pair(shape: tuple[int, int], rank: int, scale: float = 1.5) -> LoraPair:
     n_out, n_in = shape
-    return LoraPair(torch.randn(rank, n_in) * SIZE, torch.randn(n_out, rank) * SIZE, 1.5)
+    return LoraPair(torch.randn(rank, n_in) * SIZE, torch.randn(n_out, rank) * SIZE, scale)
 
 
 def mixlora(
-    shapes: BaseShapes, routing: FfnRouting = TOP_K, *, experts: int = 4, attention: bool = True
+    shapes: BaseShapes,
+    routing: FfnRouting = TOP_K,
+    *,
+    experts: int = 4,
+    attention: bool = True,
+    rank: int = 4,
+    scale: float = 2.0,
 ) -> SparseModel:
     """Experts on every linear module of every feed-forward block, an ordinary LoRA on attention."""
     blocks: dict[str, dict[str, tuple[int, int]]] = {}
@@ -96,11 +102,11 @@ def mixlora(
         if parent.endswith(".mlp"):
             blocks.setdefault(parent, {})[name] = shape
         elif attention:
-            plain[path] = pair(shape, 3)
+            plain[path] = pair(shape, rank, scale)
     ffn = {}
     for path, projections in blocks.items():
         hidden = projections.get("down_proj", projections.get("fc2", (0, 0)))[0]
-        factors = {name: stack(experts, shape, 4) for name, shape in projections.items()}
+        factors = {name: stack(experts, shape, rank, scale) for name, shape in projections.items()}
         ffn[path] = MixtureFfn(torch.randn(experts, hidden) * 0.5, factors, routing)
     return SparseModel("mix", Kind.MIXLORA, "sha256:mix", plain=plain, ffn=ffn)
 
