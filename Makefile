@@ -1,4 +1,4 @@
-# make serve | test | lint | bench | bench-gpu | clean.  The virtual environment is made on first use.
+# make serve | test | lint | bench | bench-gpu | bench-peers | clean.  The virtual environment is made on first use.
 #
 # PIP_* variables of the environment reach pip unchanged: on a machine without an NVIDIA GPU, set PIP_INDEX_URL or
 # PIP_EXTRA_INDEX_URL to an index of CPU builds to spare several gigabytes of CUDA libraries.
@@ -21,7 +21,7 @@ CHECKED := $(PACKAGES) tests benchmarks
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test lint bench bench-gpu clean
+.PHONY: serve test lint bench bench-gpu bench-peers clean
 .DEFAULT_GOAL := serve
 
 serve: $(SERVE_STAMP)
@@ -43,6 +43,10 @@ bench: $(TEST_STAMP)
 
 bench-gpu: $(TEST_STAMP)
 	$(BIN)/python benchmarks/run.py --device cuda $(ARGS)
+
+bench-peers: $(TEST_STAMP)
+	for peer in vllm transformers peft; do PYTHON=$(PYTHON) benchmarks/peers/setup.sh $$peer; done
+	$(BIN)/python benchmarks/peers/run.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -36,7 +36,7 @@ def rows(runs: Runs) -> list[dict[str, Any]]:
     """One row an engine and scenario: medians, and ratios of tokens a second, taken within each round.
 
     `of_own_base`: of the base scenario of the same server; `of_base_without_lora`: of the same engine started
-    without LoRA; `loramux_times_faster`: loramux in the same scenario, and `loramux_blends_times_faster`: with
+    without LoRA; `loramux_times_faster`: loramux in the same scenario, `loramux_blends_times_faster`: with
     8 blends, over this row.
     """
     found: list[dict[str, Any]] = []

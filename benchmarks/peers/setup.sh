@@ -4,7 +4,7 @@
 #   benchmarks/peers/setup.sh vllm|transformers|peft [VENV_DIR]
 #
 # VENV_DIR defaults to the folder where compare.py looks: $LORAMUX_BENCH/venv-PEER, with LORAMUX_BENCH defaulting to
-# ~/.cache/loramux-bench. PYTHON names the interpreter (3.11 or newer). Disk: vllm 2.2 GB, transformers and peft 1.1 GB
+# ~/.cache/loramux-bench. PYTHON names the interpreter (3.11 or newer). Disk: vllm 3.4 GB, transformers and peft 1.2 GB
 # each. Nothing is downloaded but packages.
 #
 # All peers run on the CPU build of one torch. `pip install torch==2.13.0` takes CUDA libraries as well unless pip is
