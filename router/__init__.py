@@ -8,7 +8,7 @@ from .decision import MAX_TOP_M, STRATEGIES, Candidate, Decision, RoutingOptions
 from .encoder import Encoded, Encoder, EncoderSpec
 from .errors import RouterError, RouterFileError, RoutingOptionsError
 from .policy import POLICIES, Policy
-from .router import DEFAULTS, Router, ScoreTable
+from .router import DEFAULTS, Router, ScoreRow, ScoreTable
 from .service import RoutingService, ServiceStats
 from .state import Calibration, RouterState, Samples
 from .store import load_router, load_state, save_router
@@ -36,6 +36,7 @@ __all__ = [
     "RoutingPlan",
     "RoutingService",
     "Samples",
+    "ScoreRow",
     "ScoreTable",
     "ServiceStats",
     "Strategy",

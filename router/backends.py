@@ -6,13 +6,16 @@ stack), so a StaticEmbedding is read straight from its two files. A test holds b
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .encoder_files import EncoderFiles, read_tokenizer
 from .errors import RouterFileError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 Vectors = npt.NDArray[np.float32]
 Flags = npt.NDArray[np.bool_]
@@ -30,6 +33,11 @@ class Backend(Protocol):
     def embed(self, texts: Sequence[str]) -> tuple[Vectors, Flags]:
         """[n] texts -> pooled vectors [n, dimension] (not normalised) and whether each text was cut [n]."""
         ...
+
+
+# tokenizers hands a batch to a pool of threads. For a few short texts waking it costs more than the work, and
+# on a busy machine as much as a time slice; a batch of one text stays in the calling thread.
+_ALONE = 16
 
 
 class StaticBackend:
@@ -58,12 +66,17 @@ class StaticBackend:
     def embed(self, texts: Sequence[str]) -> tuple[Vectors, Flags]:
         vectors = np.zeros((len(texts), self.dimension), np.float32)
         truncated = np.zeros(len(texts), np.bool_)
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        for row, encoding in enumerate(encodings):
+        for row, encoding in enumerate(self._encodings(texts)):
             truncated[row] = bool(encoding.overflowing)
-            if encoding.ids:
-                vectors[row] = self._table[encoding.ids].mean(axis=0, dtype=np.float64)
+            if ids := encoding.ids:  # a new list at every reading
+                rows = self._table.take(ids, axis=0)
+                vectors[row] = np.add.reduce(rows, axis=0, dtype=np.float64) / len(ids)
         return vectors, truncated
+
+    def _encodings(self, texts: Sequence[str]) -> "list[Encoding]":
+        if len(texts) > _ALONE:
+            return self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0] for text in texts]
 
 
 class SentenceTransformerBackend:

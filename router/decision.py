@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from .errors import RoutingOptionsError
 from .policy import POLICIES, Policy
@@ -12,9 +12,8 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 MAX_TOP_M = 64
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One expert as scored for one text.
+class Candidate(NamedTuple):
+    """One expert as scored for one text; a tuple, because each text makes one for every expert of the pool.
 
     similarity: raw cosine to the expert's centroid, -1..1. probability: the classifier's, 0..1, or None when
     it was not asked. score: what the strategy ranks by. weight: its share in the blend, 0 when it was not

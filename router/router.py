@@ -6,6 +6,7 @@ each request chooses with its own options. `decide` runs all three.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,10 +16,11 @@ from .decision import Candidate, Decision, RoutingOptions, RoutingPlan, Strategy
 from .encoder import Encoded, Encoder, normalize_rows
 from .errors import RouterError, RoutingOptionsError
 from .index import CentroidIndex
-from .policy import Scores, blend_weights, softmax
+from .policy import blend_weights, entropy, ranking
 from .state import RouterState
 
 Vectors = npt.NDArray[np.float32]
+Value = TypeVar("Value", float, npt.NDArray[np.float64])
 DEFAULTS = RoutingOptions(strategy="hybrid", top_m=3, policy="softmax")
 
 
@@ -37,6 +39,42 @@ class ScoreTable:
 
     def __len__(self) -> int:
         return len(self.similarity)
+
+    def row(self, number: int) -> "ScoreRow":
+        """The scores of one text."""
+        probability = None if self.probability is None else self.probability[number]
+        truncated, blank = self.truncated[number], self.blank[number]
+        return ScoreRow.of(self.similarity[number], self.ranked[number], probability, truncated, blank)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreRow:
+    """A `ScoreTable` of one text: values per expert [k]."""
+
+    similarity: Vectors
+    ranked: Vectors
+    probability: Vectors | None
+    truncated: bool
+    blank: bool
+
+    @classmethod
+    def of(
+        cls,
+        similarity: Vectors,
+        ranked: Vectors,
+        probability: Vectors | None,
+        truncated: np.bool_,
+        blank: np.bool_,
+    ) -> "ScoreRow":
+        """Rows of larger arrays, copied: a row that is kept must not keep its batch."""
+        own = None if probability is None else probability.copy()
+        return cls(similarity.copy(), ranked.copy(), own, bool(truncated), bool(blank))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers alone."""
+        probability = 0 if self.probability is None else self.probability.nbytes
+        return self.similarity.nbytes + self.ranked.nbytes + probability
 
 
 class Router:
@@ -110,20 +148,17 @@ class Router:
 
     def choose(self, table: ScoreTable, row: int, options: RoutingOptions | None = None) -> Decision:
         """The decision for one row of a score table. Raises RoutingOptionsError for impossible options."""
-        plan = self.resolve(options)
-        scores = self._scores(table, row, plan.strategy)
-        order = np.argsort(-scores, kind="stable")
-        best = float(scores[order[0]])
-        blank = bool(table.blank[row])
-        fallback = blank or best < plan.threshold
-        weights = np.zeros(len(scores))
-        if not fallback:
-            chosen, values = blend_weights(scores, plan.top_m, plan.policy, plan.temperature)
-            weights[chosen] = values
-        candidates = tuple(self._candidate(table, row, int(place), scores, weights) for place in order)
-        experts = () if fallback else candidates[: plan.top_m]
-        second = float(scores[order[1]]) if len(order) > 1 else 0.0
-        spread = softmax(scores, plan.temperature)
+        return self.choose_row(table.row(row), self.resolve(options))
+
+    def choose_row(self, row: ScoreRow, plan: RoutingPlan) -> Decision:
+        """The decision for one text. Raises RouterError when the plan needs probabilities the row lacks."""
+        scores = self._scores(row, plan.strategy)
+        order = ranking(scores)
+        ordered = [scores[place] for place in order]
+        fallback = row.blank or ordered[0] < plan.threshold
+        weights = [] if fallback else blend_weights(ordered, plan.top_m, plan.policy, plan.temperature)
+        candidates = self._candidates(row, order, ordered, weights)
+        experts = candidates[: len(weights)]
         return Decision(
             strategy=plan.strategy,
             policy=plan.policy,
@@ -132,17 +167,20 @@ class Router:
             candidates=candidates,
             experts=experts,
             fallback=fallback,
-            reason=_reason(plan, candidates[0], len(experts), blank),
-            truncated=bool(table.truncated[row]),
-            margin=best - second,
-            entropy=float(-(spread * np.log(np.maximum(spread, 1e-300))).sum()),
+            reason=_reason(plan, candidates[0], len(experts), row.blank),
+            truncated=row.truncated,
+            margin=ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0),
+            entropy=entropy(ordered, plan.temperature),
         )
 
     def decide(self, texts: Sequence[str], options: RoutingOptions | None = None) -> list[Decision]:
-        """One decision per text, all with the same options; a batch gives what single calls give."""
-        classify = self.needs_classifier(self.resolve(options))
-        table = self.score(texts, self.embed(texts), classify=classify)
-        return [self.choose(table, row, options) for row in range(len(table))]
+        """One decision per text, all with the same options; a batch gives what single calls give.
+
+        Raises RoutingOptionsError for impossible options.
+        """
+        plan = self.resolve(options)
+        table = self.score(texts, self.embed(texts), classify=self.needs_classifier(plan))
+        return [self.choose_row(table.row(number), plan) for number in range(len(table))]
 
     def needs_classifier(self, plan: RoutingPlan) -> bool:
         """Whether to run the classifier. A linear head is so cheap that its opinion is always shown."""
@@ -150,27 +188,29 @@ class Router:
             return False
         return self.classifier.kind == "linear" or plan.strategy != "similarity"
 
-    def _scores(self, table: ScoreTable, row: int, strategy: Strategy) -> Scores:
-        cosine: Scores = table.ranked[row].astype(np.float64)
+    def _scores(self, row: ScoreRow, strategy: Strategy) -> list[float]:
         if strategy == "similarity":
-            return cosine
-        if table.probability is None:
+            return list(row.ranked.tolist())
+        if row.probability is None:
             raise RouterError(f"strategy {strategy} needs probabilities, but the texts were not classified")
-        probability: Scores = table.probability[row].astype(np.float64)
         if strategy == "classifier":
-            return probability
-        return hybrid_scores(cosine, probability, self.state.hybrid_weight)
+            return list(row.probability.tolist())
+        weight = self.state.hybrid_weight
+        pairs = zip(row.ranked.tolist(), row.probability.tolist(), strict=True)
+        return [hybrid_scores(cosine, probability, weight) for cosine, probability in pairs]
 
-    def _candidate(
-        self, table: ScoreTable, row: int, place: int, scores: Scores, weights: Scores
-    ) -> Candidate:
-        probability = None if table.probability is None else float(table.probability[row, place])
-        return Candidate(
-            id=self.state.experts[place],
-            weight=float(weights[place]),
-            similarity=float(table.similarity[row, place]),
-            probability=probability,
-            score=float(scores[place]),
+    def _candidates(
+        self, row: ScoreRow, order: Sequence[int], ordered: Sequence[float], weights: Sequence[float]
+    ) -> tuple[Candidate, ...]:
+        """Every expert in the order of its score; `weights` are those of the first."""
+        ids = self.state.experts
+        # One conversion per row: reading an array number by number costs ten times as much.
+        similarity = row.similarity.tolist()
+        probability = [None] * len(order) if row.probability is None else row.probability.tolist()
+        padded = [*weights, *[0.0] * (len(order) - len(weights))]
+        return tuple(
+            Candidate(ids[place], weight, similarity[place], probability[place], score)
+            for place, weight, score in zip(order, padded, ordered, strict=True)
         )
 
     def _require_classifier(self, options: RoutingOptions) -> None:
@@ -183,7 +223,7 @@ def blank_rows(vectors: Vectors) -> npt.NDArray[np.bool_]:
     return np.asarray(~np.any(vectors, axis=1), np.bool_)
 
 
-def hybrid_scores(cosine: Scores, probability: Scores, weight: float) -> Scores:
+def hybrid_scores(cosine: Value, probability: Value, weight: float) -> Value:
     """weight · cosine + (1 - weight) · probability (QLoRA-MoE report §3.2, "hybrid routing"; ½ there)."""
     return weight * cosine + (1.0 - weight) * probability
 

@@ -10,14 +10,12 @@ import hashlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from time import perf_counter
-
-import numpy as np
 
 from .decision import Decision, RoutingOptions
 from .errors import RouterError
-from .router import Router, ScoreTable, blank_rows
+from .router import Router, ScoreRow, blank_rows
 
 Observe = Callable[[str, float], None]
 Key = tuple[bytes, bool]
@@ -47,13 +45,27 @@ class ServiceStats:
 
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """One text on its way, and how many callers still want it."""
+    """One text on its way. Every caller has a future of its own, so a cancelled one harms no other."""
 
     key: Key
     text: str
     classify: bool
-    done: asyncio.Future[ScoreTable]
-    callers: int = 0
+    callers: list[asyncio.Future[ScoreRow]] = field(default_factory=list)
+
+    @property
+    def wanted(self) -> bool:
+        return not all(caller.done() for caller in self.callers)
+
+    def answer(self, row: ScoreRow) -> None:
+        for caller in self.callers:
+            if not caller.done():
+                caller.set_result(row)
+
+    def fail(self, error: Exception) -> None:
+        for caller in self.callers:
+            if not caller.done():
+                caller.set_exception(error)
+                caller.exception()  # marks it as seen: a caller cancelled right now will not look at it
 
 
 class RoutingService:
@@ -94,14 +106,15 @@ class RoutingService:
         Cancelling one caller never harms another that waits for the same text. Raises RoutingOptionsError at
         once for impossible options, and whatever the encoder or classifier raised for this text.
         """
-        classify = self.router.needs_classifier(self.router.resolve(options))
+        plan = self.router.resolve(options)
+        classify = self.router.needs_classifier(plan)
         key = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), classify)
-        table = self._cache.get(key)
-        if table is None:
-            table = await self._scored(key, text, classify)
+        row = self._cache.get(key)
+        if row is None:
+            row = await self._scored(key, text, classify)
         else:
             self._stats.cache_hits += 1
-        return self.router.choose(table, 0, options)
+        return self.router.choose_row(row, plan)
 
     async def close(self) -> None:
         """Refuse new texts, finish those on their way, end the worker thread."""
@@ -110,24 +123,21 @@ class RoutingService:
             await asyncio.wait([self._runner])
         self._worker.shutdown(wait=True)
 
-    async def _scored(self, key: Key, text: str, classify: bool) -> ScoreTable:
+    async def _scored(self, key: Key, text: str, classify: bool) -> ScoreRow:
         if self._closed:
             raise RouterError("the router is closed")
         wait = self._on_the_way.get(key)
         if wait is None:
-            wait = _Wait(key, text, classify, asyncio.get_running_loop().create_future())
-            wait.done.add_done_callback(_retrieve)
+            wait = _Wait(key, text, classify)
             self._on_the_way[key] = wait
             self._waiting.append(wait)
             if self._runner is None or self._runner.done():
                 self._runner = asyncio.create_task(self._run(), name="loramux-router")
         else:
             self._stats.joined += 1
-        wait.callers += 1
-        try:
-            return await asyncio.shield(wait.done)
-        finally:
-            wait.callers -= 1
+        caller: asyncio.Future[ScoreRow] = asyncio.get_running_loop().create_future()
+        wait.callers.append(caller)
+        return await caller
 
     async def _run(self) -> None:
         """Score batches until nothing waits. Every wait taken is answered, whatever happens."""
@@ -136,19 +146,17 @@ class RoutingService:
                 await self._score_batch(batch)
             finally:
                 for wait in batch:
-                    self._on_the_way.pop(wait.key, None)
-                    if not wait.done.done():
-                        wait.done.set_exception(RouterError("the router stopped before this text was scored"))
+                    if self._leave(wait):
+                        wait.fail(RouterError("the router stopped before this text was scored"))
 
     def _next_batch(self) -> list[_Wait]:
         batch: list[_Wait] = []
         while self._waiting and len(batch) < self._max_batch:
             wait = self._waiting.popleft()
-            if wait.callers > 0:
+            if wait.wanted:
                 batch.append(wait)
             else:
-                self._on_the_way.pop(wait.key, None)
-                wait.done.cancel()
+                self._leave(wait)
                 self._stats.skipped += 1
         return batch
 
@@ -159,15 +167,24 @@ class RoutingService:
         except Exception as error:  # whatever a text makes the encoder raise belongs to that text alone
             if len(batch) == 1:
                 self._stats.failures += 1
-                batch[0].done.set_exception(error)
+                self._leave(batch[0])
+                batch[0].fail(error)
                 return
             for wait in batch:
                 await self._score_batch([wait])
             return
         self._count(len(batch), scored.seconds)
-        for wait, table in zip(batch, scored.tables, strict=True):
-            self._cache.put(wait.key, table)
-            wait.done.set_result(table)
+        for wait, row in zip(batch, scored.rows, strict=True):
+            self._cache.put(wait.key, row)
+            self._leave(wait)
+            wait.answer(row)
+
+    def _leave(self, wait: _Wait) -> bool:
+        """Let no caller join any more, because the answer comes now, and once. Whether one still could."""
+        found = self._on_the_way.get(wait.key) is wait
+        if found:
+            del self._on_the_way[wait.key]
+        return found
 
     def _count(self, texts: int, seconds: dict[str, float]) -> None:
         stats = self._stats
@@ -184,12 +201,12 @@ class RoutingService:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Scored:
-    tables: list[ScoreTable]
+    rows: list[ScoreRow]
     seconds: dict[str, float]
 
 
 def _score(router: Router, batch: Sequence[_Wait]) -> _Scored:
-    """On the worker thread: embed and search all, classify those that need it; one single-row table each."""
+    """On the worker thread: embed and search all, classify those that need it."""
     texts = [wait.text for wait in batch]
     start = perf_counter()
     encoded = router.embed(texts)
@@ -199,63 +216,45 @@ def _score(router: Router, batch: Sequence[_Wait]) -> _Scored:
     wanted = [row for row, wait in enumerate(batch) if wait.classify]
     found = router.probabilities([texts[row] for row in wanted], encoded.vectors[wanted]) if wanted else None
     classified = perf_counter()
-    place = {row: number for number, row in enumerate(wanted)}
+    probability = {} if found is None else dict(zip(wanted, found, strict=True))
     blank = blank_rows(encoded.vectors)
-    tables = []
-    for row in range(len(batch)):
-        probability = None
-        if found is not None and row in place:
-            probability = np.array(found[place[row]][None])
-        one = slice(row, row + 1)
-        tables.append(
-            ScoreTable(
-                np.array(raw[one]),
-                np.array(ranked[one]),
-                probability,
-                encoded.truncated[one].copy(),
-                blank[one].copy(),
-            )
-        )
+    rows = [
+        ScoreRow.of(raw[n], ranked[n], probability.get(n), encoded.truncated[n], blank[n])
+        for n in range(len(batch))
+    ]
     seconds = {"embed": embedded - start, "search": searched - embedded, "classify": classified - searched}
-    return _Scored(tables, seconds)
+    return _Scored(rows, seconds)
 
 
 class _ScoreCache:
-    """LRU of single-row score tables, bounded by entries and by bytes."""
+    """LRU of score rows, bounded by entries and by bytes."""
 
     _OVERHEAD = 600  # measured size of the objects around the numbers of one entry
 
     def __init__(self, entries: int, limit: int) -> None:
         self._entries = entries
         self._limit = limit
-        self._tables: OrderedDict[Key, ScoreTable] = OrderedDict()
+        self._rows: OrderedDict[Key, ScoreRow] = OrderedDict()
         self.bytes = 0
 
     def __len__(self) -> int:
-        return len(self._tables)
+        return len(self._rows)
 
-    def get(self, key: Key) -> ScoreTable | None:
-        table = self._tables.get(key)
-        if table is not None:
-            self._tables.move_to_end(key)
-        return table
+    def get(self, key: Key) -> ScoreRow | None:
+        row = self._rows.get(key)
+        if row is not None:
+            self._rows.move_to_end(key)
+        return row
 
-    def put(self, key: Key, table: ScoreTable) -> None:
-        old = self._tables.pop(key, None)
+    def put(self, key: Key, row: ScoreRow) -> None:
+        old = self._rows.pop(key, None)
         if old is not None:
             self.bytes -= self._size(old)
-        self._tables[key] = table
-        self.bytes += self._size(table)
-        while self._tables and (len(self._tables) > self._entries or self.bytes > self._limit):
-            _, oldest = self._tables.popitem(last=False)
+        self._rows[key] = row
+        self.bytes += self._size(row)
+        while self._rows and (len(self._rows) > self._entries or self.bytes > self._limit):
+            _, oldest = self._rows.popitem(last=False)
             self.bytes -= self._size(oldest)
 
-    def _size(self, table: ScoreTable) -> int:
-        probability = 0 if table.probability is None else table.probability.nbytes
-        return self._OVERHEAD + table.similarity.nbytes + table.ranked.nbytes + probability
-
-
-def _retrieve(done: "asyncio.Future[ScoreTable]") -> None:
-    """Marks an exception as seen: when every caller left, nobody else will look at it."""
-    if not done.cancelled():
-        done.exception()
+    def _size(self, row: ScoreRow) -> int:
+        return self._OVERHEAD + row.nbytes

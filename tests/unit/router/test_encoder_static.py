@@ -7,6 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from loramux.router.encoder import E5_PREFIX, Encoder
+from loramux.router.encoder_files import read_tokenizer
 from loramux.router.errors import RouterError, RouterFileError
 from tests.unit.router.kit import topic_pairs, write_static_encoder
 
@@ -169,3 +170,23 @@ def test_a_damaged_tokenizer_is_refused_by_name(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(RouterFileError, match=r"tokenizer\.json: file is missing"):
         Encoder.load(folder)
+
+
+def test_a_few_texts_get_the_vectors_that_many_get(folder: Path) -> None:
+    pairs, _ = topic_pairs(40, seed=3)
+    texts = [*TEXTS, "", *(text for text, _ in pairs)]
+    encoder = Encoder.load(folder)
+    together = encoder.encode(texts)
+    for start in range(0, len(texts), 5):
+        few = encoder.encode(texts[start : start + 5])
+        np.testing.assert_array_equal(few.vectors, together.vectors[start : start + 5])
+        np.testing.assert_array_equal(few.truncated, together.truncated[start : start + 5])
+
+
+def test_a_vector_is_the_mean_of_its_tokens_in_float64(folder: Path) -> None:
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    table = load_file(folder / "model.safetensors")["embedding.weight"].astype(np.float64)
+    for text, vector in zip(TEXTS, Encoder.load(folder).encode(TEXTS).vectors, strict=True):
+        ids = tokenizer.encode(E5_PREFIX + text, add_special_tokens=False).ids[:512]
+        mean = sum(table[token] for token in ids) / len(ids)
+        np.testing.assert_allclose(vector, mean / np.linalg.norm(mean), rtol=0, atol=1e-7)

@@ -257,3 +257,29 @@ def test_texts_that_utf8_cannot_hold_are_hashed_and_answered() -> None:
         await service.close()
 
     asyncio.run(main())
+
+
+def test_a_text_answered_while_its_failed_batch_is_retried_can_be_asked_again() -> None:
+    async def main() -> None:
+        backend, router = parts()
+        gate = Gate()
+
+        def refuse(texts: Sequence[str]) -> None:
+            if len(texts) > 1:
+                raise Poison("not together")
+            if texts == ["b"]:
+                gate(texts)
+
+        backend.before = refuse
+        service = RoutingService(router, cache_entries=0)
+        first, second = (asyncio.create_task(service.decide(text)) for text in ("a", "b"))
+        await gate.reached()
+        decision = await first
+        again = asyncio.create_task(service.decide("a"))
+        await asyncio.sleep(0)
+        gate.open.set()
+        assert await asyncio.wait_for(again, 20) == decision
+        assert (await second).candidates
+        await service.close()
+
+    asyncio.run(main())
