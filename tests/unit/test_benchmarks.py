@@ -44,6 +44,15 @@ PROMISED = {
         "new svd blends, merged: p99, of none",
     ],
     "memory": ["one expert: copied", "another exact blend of the same three: copied"],
+    "mixlora": [
+        "prefill, 1,024 tokens: ours, of whole experts",
+        "decode, 16 requests: ours, of whole experts",
+        "block, 1,024 tokens: activations, of whole experts",
+    ],
+    "loracoe": [
+        "decode, 16 requests: LoRACoE, of plain LoRA",
+        "prefill, 1,024 tokens: the mixture alone, of unfused",
+    ],
     "floor": ["memory, reading", "1 request, base: of the floor"],
 }
 
