@@ -183,8 +183,8 @@ class TensorFile:
     def _copy(self, name: str, out: Tensor) -> None:
         source: Tensor = self._file.get_tensor(self._keys[name])
         out.copy_(source)
-        # NaN and infinity survive a sum, which costs a quarter of looking at every number. A sum of huge finite
-        # numbers may overflow, so only a closer look can refuse.
+        # NaN and infinity survive a sum, which costs a quarter of looking at every number. A sum of huge
+        # finite numbers may overflow, so only a closer look can refuse.
         if not out.sum(dtype=torch.float32).isfinite() and not out.isfinite().all():
             narrowed = f" after conversion to {out.dtype}" if torch.isfinite(source).all() else ""
             raise AdapterFormatError(f"{self.path}: {self._keys[name]} holds NaN or infinity{narrowed}")

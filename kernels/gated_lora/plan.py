@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from loramux.kernels.gated_lora.shares import Share, TokenSlot, share_out
@@ -33,7 +34,7 @@ class GateSlot:
 
     def parts(self) -> list[tuple[Extent, Tensor]]:
         """Every extent with its piece of the gate, in rising order."""
-        gates = self.gate.split([hi - lo for lo, hi in self.extents])
+        gates = torch.split(self.gate, [hi - lo for lo, hi in self.extents])
         return sorted(zip(self.extents, gates, strict=True), key=lambda part: part[0])
 
 
