@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.lora import LoraAdapter
+from loramux.adapters.sparse.read import read_sparse
 from loramux.server.pool.experts import read_experts
 from loramux.server.pool.manifest import read_pool
 from tests.e2e.conftest import Server
+from tests.unit.adapters.training.scripts import scripted
 
 PROMPTS = [
     "What is the total number of points when the driver is Ayrton Senna?",
@@ -161,11 +163,28 @@ def test_each_expert_is_better_than_the_base_where_it_was_trained(pool_dir: Path
         assert expert["expert_loss"] < expert["base_loss"], expert["id"]
 
 
-def test_the_models_are_listed(server: Server, experts: dict[str, Any]) -> None:
+def test_the_models_are_listed(server: Server, pool_dir: Path, experts: dict[str, Any]) -> None:
+    manifest = read_pool(pool_dir).manifest
     with server.openai() as client:
         listed = {model.id for model in client.models.list()}
-    assert {"auto", *experts} < listed
-    assert len(listed) == len(experts) + 2
+    assert listed == {"auto", manifest.base.id, *experts, *(entry.id for entry in manifest.sparse)}
+
+
+@pytest.mark.parametrize("name", ["demo-mixlora", "demo-loracoe"])
+def test_sparse_models_over_http_equal_their_formulas_in_float64(
+    server: Server, pool_dir: Path, base: Any, tokenizer: Any, name: str
+) -> None:
+    """The files that ship, read and served, against every token and expert computed on its own."""
+    pool = read_pool(pool_dir)
+    (entry,) = (entry for entry in pool.manifest.sparse if entry.id == name)
+    shapes = BaseShapes.from_model(base, pool.manifest.base.id)
+    model = scripted(base, read_sparse(pool.sparse_dir(entry), id=name, base=shapes))
+    for text in PROMPTS[:2]:
+        expected = own_logprobs(model, tokenizer, text)
+        answer = server.post("/v1/completions", model=name, prompt=text, echo=True, logprobs=0, max_tokens=0)
+        actual = answer["choices"][0]["logprobs"]["token_logprobs"][1:]
+        assert actual == pytest.approx(expected, abs=5e-4)
+        assert expected != pytest.approx(own_logprobs(base, tokenizer, text), abs=1e-2)
 
 
 def test_metrics_tell_what_was_routed(server: Server) -> None:
