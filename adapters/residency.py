@@ -122,9 +122,8 @@ class Residency:
         self._blends: OrderedDict[str, _Entry] = OrderedDict()
         self._allocating = asyncio.Lock()
         self._released = asyncio.Event()
-        # At 10, a contended core gives a tenth of its time: a decoding step is lengthened by that at most.
-        self._copying = QuietThreads("loramux-copy", nice=10)
-        self._merging = QuietThreads("loramux-merge", count=max(1, (os.cpu_count() or 1) // 4), nice=10)
+        self._copying = QuietThreads("loramux-copy")
+        self._merging = QuietThreads("loramux-merge", count=max(1, (os.cpu_count() or 1) // 4))
         self._hits = self._misses = self._evictions = 0
 
     @property

@@ -3,15 +3,18 @@
 Runs alternate between the two. Both wall time and CPU time of the process are kept; the second is the one to
 trust on a machine that does other work as well. PEFT's `svd` runs on all layers if one layer predicts less
 than the limit, else on one layer and is scaled up; its line says which. The experts are saved by PEFT and
-read by us, so both merge the same numbers in the same type, with one thread: a merge runs beside decoding,
-not instead.
+read by us, so both merge the same numbers in the same type, with one thread, as a merge runs beside
+decoding; `exact` also with all threads, as a program of its own would run it, and as it is served: over
+experts that are resident, where it is a gate and copies nothing.
 """
 
+import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,13 @@ from benchmarks.bench import Bench
 from benchmarks.oracle import Wrong
 from benchmarks.report import Result, at_least, ratios
 from benchmarks.shapes import Shape
+from loramux.adapters.arena import Arena
 from loramux.adapters.base_shapes import BaseShapes
+from loramux.adapters.blend import Blend
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.merge import Merged, merge
 from loramux.adapters.peft_format import read_lora, write_lora
+from loramux.adapters.residency import Residency
 from tests.peft_kit import lora_config
 
 WEIGHTS = {"math": 0.6, "code": 0.3, "law": 0.1}
@@ -67,10 +73,12 @@ class Race:
     fresh: Timing
     relative_error: float
     peft_measured_on: str
+    all_threads: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.method}, {str(self.dtype).removeprefix('torch.')}"
+        parts = [self.method, str(self.dtype).removeprefix("torch.")]
+        return ", ".join([*parts, "all threads"] if self.all_threads else parts)
 
     def json(self) -> dict[str, Any]:
         """Every run in seconds."""
@@ -108,6 +116,7 @@ class Ours:
         experts = [
             read_lora(folder / name, id=name, base=base, any_base=True, dtype=dtype) for name in WEIGHTS
         ]
+        self.base = base
         self.parts = list(zip(experts, WEIGHTS.values(), strict=True))
 
     def merge(self, method: str) -> Merged:
@@ -120,6 +129,24 @@ class Ours:
         for expert, _ in self.parts:
             kept = {module: pair for module, pair in expert.pairs.items() if ".layers.0." in module}
             write_lora(LoraAdapter(expert.id, expert.content_hash, kept), folder / expert.id, "base")
+
+
+async def served(ours: Ours, repeats: int) -> list[float]:
+    """Seconds until a blend with weights that nobody asked for before can be used, its experts being
+    resident."""
+    experts = {expert.id: expert for expert, _ in ours.parts}
+    arena = Arena(ours.base, sum(expert.max_rank for expert in experts.values()))
+    residency = Residency(experts, arena)
+    residency.preload()
+    taken = []
+    for number in range(repeats):
+        fresh = [(e.id, e.content_hash, weight - 0.01 * number) for e, weight in ours.parts]
+        started = time.perf_counter()
+        async with residency.lease(Blend.of(fresh)) as lease:
+            taken.append(time.perf_counter() - started)
+            if lease.cached:
+                raise Wrong("a blend with new weights was found in the cache")
+    return taken
 
 
 class Peft:
@@ -202,8 +229,11 @@ def race_svd(ours: Ours, folder: Path, shape: Shape, repeats: int) -> Race:
     return race(ours, peft, "svd", shape, repeats, torch.float32)
 
 
-def races(shape: Shape, repeats: int, progress: Callable[[str], None]) -> list[Race]:
-    """Every method in float32, and `exact` in the type that experts are usually served in."""
+async def races(
+    shape: Shape, repeats: int, progress: Callable[[str], None]
+) -> tuple[list[Race], list[float]]:
+    """Every method in float32, `exact` in the type that experts are usually served in, and `served`."""
+    at_once: list[float] = []
     found: list[Race] = []
     with tempfile.TemporaryDirectory(prefix="loramux-bench-") as name:
         folder = Path(name)
@@ -216,26 +246,37 @@ def races(shape: Shape, repeats: int, progress: Callable[[str], None]) -> list[R
             for method in methods:
                 progress(f"{method} against PEFT {PARTNER.get(method, method)}")
                 found.append(race(ours, peft, method, shape, repeats, dtype))
+            progress("exact against PEFT cat, all threads")
+            with using_threads(None):
+                found.append(replace(race(ours, peft, "exact", shape, repeats, dtype), all_threads=True))
             del peft
             if dtype == torch.float32:
                 progress("svd against PEFT svd")
                 found.append(race_svd(ours, folder, shape, repeats))
-    return found
+                at_once = await served(ours, repeats)
+    return found, at_once
+
+
+@contextmanager
+def using_threads(count: int | None) -> Iterator[None]:
+    """Compute with `count` threads; `None` is one for every core."""
+    usual = torch.get_num_threads()
+    torch.set_num_threads(count or os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(usual)
 
 
 async def merges(bench: Bench) -> Result:
-    """All merge methods; blocks the event loop, on which nothing else runs meanwhile."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore", FutureWarning)
-            found = races(bench.shape, bench.repeats, bench.progress)
-    finally:
-        torch.set_num_threads(threads)
+    """All merge methods; most block the event loop, on which nothing else runs meanwhile."""
+    with using_threads(1), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)
+        found, at_once = await races(bench.shape, bench.repeats, bench.progress)
     result = Result()
     for one in found:
-        limit = GOALS.get(one.method) if one.dtype == torch.float32 else None
+        has_goal = one.dtype == torch.float32 and (one.all_threads or one.method != "exact")
+        limit = GOALS.get(one.method) if has_goal else None
         partner = f"PEFT {PARTNER.get(one.method, one.method)}"
         result.add(f"{one.name}: ours", [1e3 * seconds for seconds in one.ours.wall], "ms")
         result.add(
@@ -245,4 +286,9 @@ async def merges(bench: Bench) -> Result:
             bench.goal(at_least(limit)) if limit else None,
         )
         result.facts[one.name] = one.json()
+    cat = next(one.peft.wall for one in found if one.method == "exact" and one.all_threads)
+    result.add("exact, as served: ours", [1e3 * seconds for seconds in at_once], "ms")
+    result.add(
+        "exact, as served: PEFT cat / ours", ratios(cat, at_once), "x", bench.goal(at_least(GOALS["exact"]))
+    )
     return result

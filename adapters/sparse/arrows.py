@@ -78,7 +78,7 @@ class Arrows:
     def __init__(self, prepare: Callable[[Sequence[LoraAdapter]], ArrowExperts]) -> None:
         self._prepare = prepare
         self._sets: OrderedDict[tuple[str, ...], _Prepared] = OrderedDict()
-        self._preparing = QuietThreads("loramux-arrow", nice=10)
+        self._preparing = QuietThreads("loramux-arrow")
 
     @property
     def nbytes(self) -> int:

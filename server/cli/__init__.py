@@ -13,6 +13,7 @@ from loramux.server.cli.evaluate import evaluate
 from loramux.server.cli.route import route
 from loramux.server.cli.serve import serve
 from loramux.server.errors import StartError
+from loramux.server.large_pages import ask_for_large_pages
 
 SUB_APPS = {
     "pool": ("loramux.server.cli.pool", "Build, check and extend pools."),
@@ -47,6 +48,7 @@ for _name, (_, _summary) in SUB_APPS.items():
 
 def main() -> None:
     """Run the command line; what the operator can mend is one line on stderr and exit code 1."""
+    ask_for_large_pages()
     arguments = sys.argv[1:]
     try:
         if arguments and arguments[0] in SUB_APPS:

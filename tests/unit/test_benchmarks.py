@@ -31,6 +31,8 @@ PROMISED = {
     "merge": [
         "exact, float32: PEFT cat / ours",
         "exact, bfloat16: PEFT cat / ours",
+        "exact, float32, all threads: PEFT cat / ours",
+        "exact, as served: PEFT cat / ours",
         "svd, float32: PEFT svd / ours",
         "ties, float32: PEFT ties / ours",
     ],

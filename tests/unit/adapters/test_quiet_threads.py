@@ -28,14 +28,13 @@ def test_a_quiet_thread_computes_on_one_core_and_leaves_others_as_they_were() ->
         torch.set_num_threads(usual)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux")
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a policy of their own on Linux")
 def test_a_quiet_thread_yields_contended_cores() -> None:
     async def scenario() -> None:
-        here = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
-        quiet = QuietThreads("test-quiet", nice=10)
-        there = await quiet.run(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-        assert there == max(here, 10)
-        assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == here
+        here = os.sched_getscheduler(0)
+        quiet = QuietThreads("test-quiet")
+        assert await quiet.run(os.sched_getscheduler, 0) == os.SCHED_IDLE
+        assert os.sched_getscheduler(0) == here
 
     asyncio.run(scenario())
 
