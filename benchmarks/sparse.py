@@ -26,38 +26,48 @@ from loramux.adapters.layers import AdapterLayers
 from loramux.adapters.sparse.feed_forward import take_apart
 from loramux.adapters.sparse.model import MixtureFfn, RankMixture, SparseModel
 from loramux.adapters.sparse.slot import place
-from loramux.kernels.gated_lora import Adding, GateSlot, Slot, plan_step
+from loramux.kernels.gated_lora import Adding, GateSlot, Plan, Slot, plan_step
 from loramux.kernels.mixlora_ffn import mixlora_ffn_reference, probabilities, top_k
 from loramux.kernels.packed_linear import pack_linears
 from tests.tiny import random_adapter
 from tests.unit.adapters.sparse.authors import theirs
-from tests.unit.adapters.sparse.random_models import loracoe, mixlora
+from tests.unit.adapters.sparse.random_models import TOP_K, loracoe, mixlora
 
 LAYERS = 4
 RANK = 16
 #: (name, sequences, tokens of each)
-BATCHES = (("prefill, 1,024 tokens", 1, 1024), ("decode, 1 request", 1, 1), ("decode, 16 requests", 16, 1))
+BATCHES = (
+    ("prefill, 1,024 tokens", 1, 1024),
+    ("prefill, 128 tokens", 1, 128),
+    ("decode, 1 request", 1, 1),
+    ("decode, 16 requests", 16, 1),
+)
 SECONDS = 0.3  # of calls that make one value
 TOLERANCE = 1e-4
 
 Case = Callable[[], object]
+Way = Callable[[Tensor], Tensor]
 
 
 class Layers:
-    """A base as the server has it, packed and with adapter layers, and one slot for all tokens."""
+    """A base with adapter layers around it, which changes it."""
 
-    def __init__(self, base: LlamaForCausalLM, slot: Slot | None, *, packed: bool = True) -> None:
-        self.model = twin(base)
-        if packed:
-            pack_linears(self.model)
-        shapes = BaseShapes.from_model(base, "benchmark")
-        self.layers = AdapterLayers(self.model, Arena(shapes, RANK))
-        self.slot = slot
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.model = model
+        shapes = BaseShapes.from_model(model, "benchmark")
+        self.layers = AdapterLayers(model, Arena(shapes, RANK))
 
-    def __call__(self, ids: Tensor) -> Tensor:
-        plan = plan_step([(self.slot, ids.shape[1])] * len(ids))
-        with self.layers.running(plan):
-            return hidden(self.model, ids)
+    def using(self, slot: Slot | None) -> Way:
+        """All tokens use `slot`. Batches of one shape share a plan, as the steps of a decoding engine do."""
+        plans: dict[torch.Size, Plan] = {}
+
+        def run(ids: Tensor) -> Tensor:
+            if ids.shape not in plans:
+                plans[ids.shape] = plan_step([(slot, ids.shape[1])] * len(ids))
+            with self.layers.running(plans[ids.shape]):
+                return hidden(self.model, ids)
+
+        return run
 
 
 class Vanilla(nn.Module):
@@ -103,13 +113,15 @@ async def mixlora_ffn(bench: Bench) -> Result:
     base, shapes = random_base(bench)
     model = tamed(mixlora(shapes, experts=8, rank=RANK, scale=2.0))
     slot = place(model)
-    ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "ours": Layers(base, slot),
-        "ours, base not packed": Layers(base, slot, packed=False),
-        "whole experts": whole_experts(base, model),
+    served, whole = Layers(packed(base)), whole_experts(packed(base), model)
+    ways: dict[str, Way] = {
+        "ours": served.using(slot),
+        "ours, base not packed": Layers(twin(base)).using(slot),
+        "whole experts": whole.using(place(replace(model, ffn={}))),
     }
     if find_spec("mixlora"):
         ways["pip mixlora"] = partial(hidden, theirs(base, model, RANK, 2 * RANK))
+        result.add("base's products of pip mixlora / of ours, a token", products(bench), "×")
     with torch.inference_mode():
         for name, rows, length in BATCHES:
             ids = torch.randint(3, base.config.vocab_size, (rows, length))
@@ -123,29 +135,38 @@ async def mixlora_ffn(bench: Bench) -> Result:
                     result.add(f"{name}: pip mixlora / {ours}", times, "×", goal)
             of_whole = ratios(found["ours"], found["whole experts"])
             result.add(f"{name}: ours, of whole experts", of_whole, "ratio", bench.goal(at_most(0.7)))
-        memory(bench, result, ways["ours"], ways["whole experts"])
+        memory(bench, result, partial(block, served, slot), partial(block, whole, None))
     return result
 
 
+def products(bench: Bench) -> float:
+    """What the ratio of the two would be if nothing but the base's products took time: the package runs the
+    last projection of a block for each of a token's experts, `mixlora_ffn` once."""
+    attention, projection = 4 * bench.shape.hidden**2, bench.shape.hidden * bench.shape.ffn
+    return (attention + (2 + TOP_K.top_k) * projection) / (attention + 3 * projection)
+
+
 def whole_experts(base: LlamaForCausalLM, model: SparseModel) -> Layers:
-    """The same layers around the same packed base, but with vanilla feed-forward blocks."""
-    made = Layers(base, place(replace(model, ffn={})))
+    """The layers around a base with vanilla feed-forward blocks."""
+    made = Layers(base)
     for path, mixture in model.ffn.items():
         parent, _, name = path.rpartition(".")
-        block = made.model.get_submodule(path)
-        setattr(made.model.get_submodule(parent), name, Vanilla(block, mixture))
+        inner = base.get_submodule(path)
+        setattr(base.get_submodule(parent), name, Vanilla(inner, mixture))
     return made
 
 
-def memory(bench: Bench, result: Result, ours: object, whole: object) -> None:
+def block(layers: Layers, slot: Slot | None, x: Tensor) -> Tensor:
+    """The first feed-forward block with all tokens of x using `slot`."""
+    with layers.layers.running(plan_step([(slot, x.shape[1])])):
+        found: Tensor = layers.model.model.layers[0].mlp(x)
+    return found
+
+
+def memory(bench: Bench, result: Result, ours: Way, whole: Way) -> None:
     """The most that a feed-forward block holds at one time, its input left out, its output included."""
-    assert isinstance(ours, Layers)
-    assert isinstance(whole, Layers)
-    x = torch.randn(1, 1024, ours.model.config.hidden_size)
-    mine, other = (each.model.model.layers[0].mlp for each in (ours, whole))
-    with ours.layers.running(plan_step([(ours.slot, 1024)])):
-        bytes_ours = peak_bytes(partial(mine, x))
-    bytes_whole = peak_bytes(partial(other, x))
+    x = torch.randn(1, 1024, bench.shape.hidden)
+    bytes_ours, bytes_whole = peak_bytes(partial(ours, x)), peak_bytes(partial(whole, x))
     result.add("block, 1,024 tokens: activations, ours", bytes_ours / 2**20, "MiB")
     result.add("block, 1,024 tokens: activations, whole experts", bytes_whole / 2**20, "MiB")
     goal = bench.goal(at_most(0.6))
@@ -157,16 +178,16 @@ async def loracoe_gate(bench: Bench) -> Result:
     result = Result(facts={"layers": LAYERS})
     base, shapes = random_base(bench)
     model = tamed(loracoe(shapes, experts=2, rank=RANK))
-    plain = Layers(base, None)
+    served = Layers(packed(base))
     adapter = random_adapter(shapes, RANK, "plain", SPREAD)
-    extents = plain.layers.arena.allocate(RANK)
-    plain.layers.arena.write(adapter, extents)
-    plain.slot = GateSlot(extents, torch.ones(RANK), frozenset(adapter.pairs))
+    arena = served.layers.arena
+    extents = arena.allocate(RANK)
+    arena.write(adapter, extents)
     ways = {
-        "base": Layers(base, None),
-        "plain LoRA": plain,
-        "LoRACoE": Layers(base, place(model)),
-        "unfused": Layers(base, Unfused(model)),
+        "base": served.using(None),
+        "plain LoRA": served.using(GateSlot(extents, torch.ones(RANK), frozenset(adapter.pairs))),
+        "LoRACoE": served.using(place(model)),
+        "unfused": served.using(Unfused(model)),
     }
     with torch.inference_mode():
         for name, rows, length in BATCHES:
@@ -208,6 +229,13 @@ def random_base(bench: Bench) -> tuple[LlamaForCausalLM, BaseShapes]:
 def twin(base: LlamaForCausalLM) -> LlamaForCausalLM:
     """The same parameters in modules of its own."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+
+
+def packed(base: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A copy as the server has it."""
+    made = twin(base)
+    pack_linears(made)
+    return made
 
 
 def tamed(model: SparseModel) -> SparseModel:

@@ -11,12 +11,13 @@ from loramux.adapters.errors import BaseMismatchError
 from loramux.adapters.sparse.model import FfnRouting, FfnStrategy, MixtureFfn
 from loramux.adapters.sparse.tally import Tally
 from loramux.kernels.mixlora_ffn import (
+    Combine,
     Experts,
     Ffn,
+    Gated,
+    Halves,
+    Plain,
     Routes,
-    gated,
-    halves,
-    plain,
     probabilities,
     switch,
     top_k,
@@ -26,12 +27,11 @@ from loramux.kernels.mixlora_ffn import (
 #: Projections that write a block's output.
 LAST = ("down_proj", "fc2")
 
-Combine = Callable[[nn.Module], Callable[[Sequence[Tensor]], Tensor]]
 #: (projections that read the input, projection that writes the output, how the former are combined)
-_FORMS: tuple[tuple[tuple[str, ...], str, Combine], ...] = (
-    (("gate_proj", "up_proj"), "down_proj", gated),  # llama, mistral, qwen2, qwen3, gemma, gemma2
-    (("gate_up_proj",), "down_proj", halves),  # phi3
-    (("fc1",), "fc2", plain),  # phi
+_FORMS: tuple[tuple[tuple[str, ...], str, Callable[[nn.Module], Combine]], ...] = (
+    (("gate_proj", "up_proj"), "down_proj", Gated),  # llama, mistral, qwen2, qwen3, gemma, gemma2
+    (("gate_up_proj",), "down_proj", Halves),  # phi3
+    (("fc1",), "fc2", Plain),  # phi
 )
 
 
@@ -57,7 +57,7 @@ def take_apart(block: nn.Module, path: str, *, activation: str | None = None, ba
     )
 
 
-def _form(block: nn.Module, path: str) -> tuple[tuple[str, ...], str, Combine]:
+def _form(block: nn.Module, path: str) -> tuple[tuple[str, ...], str, Callable[[nn.Module], Combine]]:
     children = {name for name, _ in block.named_children()}
     for form in _FORMS:
         if children.issuperset((*form[0], form[1])):

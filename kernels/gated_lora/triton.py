@@ -11,7 +11,6 @@ Importing this module needs Triton.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from triton.runtime import JITFunction
 
 from loramux.kernels.gated_lora.slots import LONG_TILE, SlotTable
 from loramux.kernels.gated_lora.triton_kernels import expand_kernel, shrink_kernel
+from loramux.kernels.launch import Launch
 
 #: Modules that one launch of the shrink kernel serves; more take further launches.
 _MODULES = 4
@@ -43,22 +43,6 @@ class BlockGate:
 
     values: Tensor
     blocks: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """One launch of a kernel: what it would be compiled for, and what it would be given."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    arguments: dict[str, Any]
-    constants: dict[str, Any]
-    options: dict[str, int]
-
-    def run(self) -> None:
-        if all(self.grid):
-            with torch.cuda.device_of(self.arguments["rows_ptr"]):  # type: ignore[no-untyped-call]
-                self.kernel[self.grid](**self.arguments, **self.constants, **self.options)
 
 
 def parts_of(table: SlotTable, modules: int, n_in: int) -> int:

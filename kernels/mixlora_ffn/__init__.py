@@ -4,23 +4,24 @@ A nonlinearity sits between the experts' first and second projections, so this i
 but all projections of the base are linear, and each of them runs once a token however many experts serve it.
 """
 
-from loramux.kernels.mixlora_ffn.ffn import Experts, Factors, Ffn, gated, halves, plain
+from loramux.kernels.mixlora_ffn.ffn import Combine, Experts, Factors, Ffn, Gated, Halves, Plain
 from loramux.kernels.mixlora_ffn.fused import finish, mix, mixlora_ffn
 from loramux.kernels.mixlora_ffn.reference import mixlora_ffn_reference
 from loramux.kernels.mixlora_ffn.routing import Routes, probabilities, switch, top_k, top_p
 
 __all__ = [
+    "Combine",
     "Experts",
     "Factors",
     "Ffn",
+    "Gated",
+    "Halves",
+    "Plain",
     "Routes",
     "finish",
-    "gated",
-    "halves",
     "mix",
     "mixlora_ffn",
     "mixlora_ffn_reference",
-    "plain",
     "probabilities",
     "switch",
     "top_k",

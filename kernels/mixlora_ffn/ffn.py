@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -21,6 +22,46 @@ class Factors(Protocol):
     def scale(self) -> float: ...
 
 
+class Combine(Protocol):
+    """What is between the first projections and the last."""
+
+    @property
+    def activation(self) -> Linear: ...
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """`activation(gate) * up` for (gate, up)."""
+
+    activation: Linear
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        gate, up = parts
+        return self.activation(gate) * up
+
+
+@dataclass(frozen=True, eq=False)
+class Halves:
+    """`activation(gate) * up` for one tensor that holds gate, then up."""
+
+    activation: Linear
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        gate, up = parts[0].chunk(2, dim=-1)
+        return self.activation(gate) * up
+
+
+@dataclass(frozen=True, eq=False)
+class Plain:
+    """`activation(x)` for the one tensor there is."""
+
+    activation: Linear
+
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
+        return self.activation(parts[0])
+
+
 @dataclass(frozen=True, eq=False)
 class Ffn:
     """The base's block: `last(activate([linear(x) for linear in first]))`.
@@ -33,40 +74,11 @@ class Ffn:
 
     first: Mapping[str, Linear]
     last: tuple[str, Linear]
-    activate: Callable[[Sequence[Tensor]], Tensor]
+    activate: Combine
     bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.last[1](self.activate([linear(x) for linear in self.first.values()]))
-
-
-def gated(activation: Linear) -> Callable[[Sequence[Tensor]], Tensor]:
-    """`activation(gate) * up` for (gate, up)."""
-
-    def activate(parts: Sequence[Tensor]) -> Tensor:
-        gate, up = parts
-        return activation(gate) * up
-
-    return activate
-
-
-def halves(activation: Linear) -> Callable[[Sequence[Tensor]], Tensor]:
-    """`activation(gate) * up` for one tensor that holds gate, then up."""
-
-    def activate(parts: Sequence[Tensor]) -> Tensor:
-        gate, up = parts[0].chunk(2, dim=-1)
-        return activation(gate) * up
-
-    return activate
-
-
-def plain(activation: Linear) -> Callable[[Sequence[Tensor]], Tensor]:
-    """`activation(x)` for the one tensor there is."""
-
-    def activate(parts: Sequence[Tensor]) -> Tensor:
-        return activation(parts[0])
-
-    return activate
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +112,12 @@ class Experts:
     first: Mapping[str, Spread]
     last_a: Tensor | None
     last_bt: Tensor | None
+
+    @cached_property
+    def spread(self) -> int:
+        """Elements of all factors but the stacked first ones."""
+        tensors = [self.last_a, *(spread.bt for spread in self.first.values())]
+        return sum(tensor.numel() for tensor in tensors if tensor is not None)
 
     @property
     def nbytes(self) -> int:

@@ -7,34 +7,25 @@ the weights of a token sum to one and is corrected where they do not.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from loramux.kernels.mixlora_ffn.ffn import Experts, Ffn
+from loramux.kernels.mixlora_ffn.mixed import Mixed
 from loramux.kernels.mixlora_ffn.routing import Routes
 
 #: Up to this many (token, expert) pairs all experts' factors are multiplied at once, and what does not belong
 #: together by zero: at a handful of tokens the number of calls costs more than the products.
-FEW_PAIRS = 32
+FEW_PAIRS = 64
+#: On a CPU that holds for factors of this many elements at most: larger ones have to be read from memory.
+CACHED = 2**19
 #: Tokens that are in work at a time: large enough for the base's products to run at full speed, small enough
 #: to bound the memory of the activations and to keep them in the processor's cache.
 TOKENS_AT_ONCE = {"cpu": 128}
-TOKENS_AT_ONCE_ELSEWHERE = 2048
-
-
-class Mixed(NamedTuple):
-    """What the experts made of some tokens.
-
-    Attributes:
-        hidden: `Σ_e w_e h_e`, `[T, ffn]`, the input of the base's last projection.
-        low: `w_e A2_e h_e`, `[T, E * r]`, for the experts' part of it; `None` if they have none.
-    """
-
-    hidden: Tensor
-    low: Tensor | None
+TOKENS_AT_ONCE_ELSEWHERE = 1024
 
 
 def mixlora_ffn(x: Tensor, ffn: Ffn, experts: Experts, routes: Routes) -> Tensor:
@@ -62,7 +53,13 @@ def _mixlora_ffn(x: Tensor, ffn: Ffn, experts: Experts, routes: Routes) -> Tenso
 
 def mix(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts, routes: Routes) -> Mixed:
     """Everything between the first projections of the base, whose outputs are given, and its last one."""
-    if routes.chosen.shape[0] * experts.count <= FEW_PAIRS or int(routes.chosen.sum()) <= FEW_PAIRS:
+    if x.is_cuda and find_spec("triton") is not None:
+        from loramux.kernels.mixlora_ffn import triton  # compiles, and needs triton
+
+        if triton.takes(ffn, x):
+            return triton.mix(x, first, ffn, experts, routes)
+    small = x.device.type != "cpu" or experts.spread <= CACHED
+    if small and (routes.chosen.numel() <= FEW_PAIRS or int(routes.chosen.sum()) <= FEW_PAIRS):
         return _mix_few(x, first, ffn, experts, routes)
     return _mix_grouped(x, first, ffn, experts, routes)
 

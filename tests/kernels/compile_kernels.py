@@ -4,6 +4,7 @@ Prints the most shared memory that any of them takes, in bytes.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,17 +13,28 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from loramux.kernels.gated_lora.slots import SlotTable
-from loramux.kernels.gated_lora.triton import BlockGate, Launch, expand_launch, parts_of, shrink_launch
+from loramux.kernels.gated_lora.triton import BlockGate, expand_launch, parts_of, shrink_launch
+from loramux.kernels.launch import Launch
+from loramux.kernels.mixlora_ffn import Experts, probabilities, top_k
+from loramux.kernels.mixlora_ffn.triton import mix_launch
+from tests.kernels.ffn_blocks import random_block
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 #: (arch, dtype, tokens, rank, in and out, gate)
-VARIANTS: list[tuple[int, torch.dtype, int, int, int, str]] = [
+GATED_LORA: list[tuple[int, torch.dtype, int, int, int, str]] = [
     (80, torch.bfloat16, 32, 16, 4096, "none"),
     (80, torch.bfloat16, 2048, 64, 4096, "none"),
     (80, torch.float16, 32, 200, 1, "block"),
     (80, torch.float32, 2048, 64, 129, "row"),
     (90, torch.bfloat16, 32, 64, 4096, "row"),
     (90, torch.bfloat16, 2048, 64, 4096, "block"),
+]
+#: (arch, dtype, tokens, rank, kind of block)
+MIXLORA_FFN: list[tuple[int, torch.dtype, int, int, str]] = [
+    (80, torch.bfloat16, 1, 16, "gated"),
+    (80, torch.float16, 512, 64, "halves"),
+    (80, torch.float32, 512, 200, "plain"),
+    (90, torch.bfloat16, 512, 16, "gated"),
 ]
 
 
@@ -51,10 +63,9 @@ def compile_for(arch: int, launch: Launch) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
-def main() -> None:
-    shared = []
+def gated_lora() -> Iterator[tuple[int, Launch]]:
     for (arch, dtype, tokens, rank, size, kind), modules in zip(
-        VARIANTS, itertools.cycle([1, 3]), strict=False
+        GATED_LORA, itertools.cycle([1, 3]), strict=False
     ):
         table = SlotTable(tokens, 16, rank, 64)
         x = torch.empty(tokens, size, dtype=dtype)
@@ -65,13 +76,30 @@ def main() -> None:
             "row": torch.empty(tokens, rank),
             "block": BlockGate(torch.empty(tokens, 5), torch.empty(16, rank, dtype=torch.int32)),
         }
-        for launch in [
-            shrink_launch(hidden, x, [factor] * modules, table),
-            expand_launch(x, hidden[0], factor, table, gates[kind]),
-        ]:
-            compiled = compile_for(arch, launch)
-            assert compiled.asm["cubin"]
-            shared.append(compiled.metadata.shared)
+        yield arch, shrink_launch(hidden, x, [factor] * modules, table)
+        yield arch, expand_launch(x, hidden[0], factor, table, gates[kind])
+
+
+def mixlora_ffn() -> Iterator[tuple[int, Launch]]:
+    for arch, dtype, tokens, rank, kind in MIXLORA_FFN:
+        block = random_block(kind, 64, 256, 8, dtype=dtype, ranks=[rank] * 3)
+        experts = Experts.prepare(8, block.stacks, block.ffn.last[0], dtype=dtype)
+        assert experts.shrink is not None
+        routes = top_k(probabilities(torch.randn(tokens, 8)), 2)
+        first = {
+            name: torch.empty(tokens, block.linears[name].out_features, dtype=dtype)
+            for name in block.ffn.first
+        }
+        hidden, low = (torch.empty(tokens, width, dtype=dtype) for width in (256, experts.shrink.shape[0]))
+        yield arch, mix_launch(hidden, low, first, block.ffn, experts, routes)
+
+
+def main() -> None:
+    shared = []
+    for arch, launch in itertools.chain(gated_lora(), mixlora_ffn()):
+        compiled = compile_for(arch, launch)
+        assert compiled.asm["cubin"]
+        shared.append(compiled.metadata.shared)
     print(max(shared))
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loramux.kernels.mixlora_ffn import Ffn, gated, halves, plain
+from loramux.kernels.mixlora_ffn import Ffn, Gated, Halves, Plain
 
 #: gate and up apart; both in one projection; a single projection with biases (phi); gate and up with biases.
 KINDS = ["gated", "halves", "plain", "gated with biases"]
@@ -47,11 +47,11 @@ def random_block(
 
     if kind == "plain":
         linears = {"fc1": layer(hidden, width), "fc2": layer(width, hidden)}
-        ffn = Ffn({"fc1": linears["fc1"]}, ("fc2", linears["fc2"]), plain(nn.GELU()), linears["fc2"].bias)
+        ffn = Ffn({"fc1": linears["fc1"]}, ("fc2", linears["fc2"]), Plain(nn.GELU()), linears["fc2"].bias)
     elif kind == "halves":
         linears = {"gate_up_proj": layer(hidden, 2 * width), "down_proj": layer(width, hidden)}
         first = {"gate_up_proj": linears["gate_up_proj"]}
-        ffn = Ffn(first, ("down_proj", linears["down_proj"]), halves(nn.SiLU()))
+        ffn = Ffn(first, ("down_proj", linears["down_proj"]), Halves(nn.SiLU()))
     else:
         linears = {
             "gate_proj": layer(hidden, width),
@@ -60,7 +60,7 @@ def random_block(
         }
         first = {name: linears[name] for name in ("gate_proj", "up_proj")}
         last = linears["down_proj"]
-        ffn = Ffn(first, ("down_proj", last), gated(nn.SiLU()), last.bias if biased else None)
+        ffn = Ffn(first, ("down_proj", last), Gated(nn.SiLU()), last.bias if biased else None)
     stacks = {
         name: Stack(
             (torch.randn(experts, rank, linear.in_features) / linear.in_features**0.5).to(dtype),

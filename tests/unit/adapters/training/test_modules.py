@@ -11,7 +11,7 @@ from loramux.adapters.training.loracoe import LoraCoeOptions, LoraCoeTrainer
 from loramux.adapters.training.loramoe import LoraMoeOptions
 from loramux.adapters.training.mixlora import MixLoraOptions
 from loramux.adapters.training.mixture import trainer_for
-from loramux.kernels.mixlora_ffn import Ffn, gated, mixlora_ffn_reference, probabilities, switch, top_k
+from loramux.kernels.mixlora_ffn import Ffn, Gated, mixlora_ffn_reference, probabilities, switch, top_k
 from tests.sparse_kit import small_base
 from tests.unit.adapters.training.scripts import scripted
 
@@ -210,7 +210,7 @@ def test_a_block_in_training_agrees_with_the_operator_that_serves_it(model, name
     p = probabilities(linear(x, served.router))
     routes = switch(p) if name == "switch" else top_k(p, served.routing.top_k)
     first = {"gate_proj": mlp.gate_proj, "up_proj": mlp.up_proj}
-    ffn = Ffn(first, ("down_proj", mlp.down_proj), gated(mlp.act_fn))
+    ffn = Ffn(first, ("down_proj", mlp.down_proj), Gated(mlp.act_fn))
     expected = mixlora_ffn_reference(x, ffn, served.projections, routes)
     with torch.no_grad():
         torch.testing.assert_close(block.eval()(x[None])[0], expected, rtol=1e-4, atol=1e-5)
