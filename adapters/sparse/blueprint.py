@@ -12,23 +12,6 @@ from loramux.adapters.sparse.model import ExpertMixture, Kind, MixtureFfn, RankM
 from loramux.adapters.sparse.tensor_file import AS_IS, Naming, TensorFile, Wanted
 
 
-@dataclass(frozen=True)
-class ReadOptions:
-    """What an operator may decide about a sparse model.
-
-    Attributes:
-        allow_missing_dora: serve a DoRA checkpoint, whose magnitudes were never saved, without DoRA.
-        override_base: accept a config that names another base; names and shapes must still fit.
-        bypass_router: LoRACoE without its router, as if only the warm-up had been saved.
-        replay_capacity: switch MixLoRA drops tokens over the training capacity.
-    """
-
-    allow_missing_dora: bool = False
-    override_base: bool = False
-    bypass_router: bool = False
-    replay_capacity: bool = False
-
-
 class Parts(NamedTuple):
     """The contents of a sparse model; see `SparseModel`."""
 

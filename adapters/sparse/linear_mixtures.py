@@ -6,10 +6,11 @@ from pathlib import Path
 
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.sparse.blocks import ATTENTION, FFN
-from loramux.adapters.sparse.blueprint import Blueprint, Parts, ReadOptions
+from loramux.adapters.sparse.blueprint import Blueprint, Parts
 from loramux.adapters.sparse.fields import Fields
 from loramux.adapters.sparse.model import ExpertMixture, Kind
 from loramux.adapters.sparse.moe_peft import MoePeft, refuse_lost_dora
+from loramux.adapters.sparse.options import ReadOptions
 from loramux.adapters.sparse.tensor_file import TensorFile
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import AdapterFormatError, UnsupportedAdapterError
-from loramux.adapters.sparse.blueprint import Blueprint, Parts, ReadOptions
+from loramux.adapters.sparse.blueprint import Blueprint, Parts
 from loramux.adapters.sparse.fields import MAX_EXPERTS, Fields
 from loramux.adapters.sparse.model import Kind, RankMixture
 from loramux.adapters.sparse.module_paths import PREFIX, AdaptedModules
 from loramux.adapters.sparse.moe_peft import refuse_lost_dora
+from loramux.adapters.sparse.options import ReadOptions
 from loramux.adapters.sparse.tensor_file import TensorFile, Wanted
 
 VERSION = "1"

@@ -16,10 +16,11 @@ from transformers.activations import ACT2FN
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import AdapterFormatError, UnsupportedAdapterError
 from loramux.adapters.sparse.blocks import FFN
-from loramux.adapters.sparse.blueprint import Blueprint, Parts, ReadOptions
+from loramux.adapters.sparse.blueprint import Blueprint, Parts
 from loramux.adapters.sparse.fields import Fields
 from loramux.adapters.sparse.model import FfnRouting, FfnStrategy, Kind, MixtureFfn
 from loramux.adapters.sparse.moe_peft import LoraShape, MoePeft, refuse_lost_dora
+from loramux.adapters.sparse.options import ReadOptions
 from loramux.adapters.sparse.tensor_file import AS_IS, Naming, TensorFile
 
 STRATEGIES = {

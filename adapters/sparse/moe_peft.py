@@ -62,7 +62,7 @@ def refuse_lost_dora(fields: Fields, *, allowed: bool) -> bool:
         raise UnsupportedAdapterError(
             f"{fields.path}: use_dora is set, but the magnitudes were never saved: the program that wrote "
             "this kept only A and B and starts from fresh magnitudes when it loads them, so what was trained "
-            "cannot be served; to serve the factors without DoRA, allow missing DoRA (--allow-missing-dora)"
+            "cannot be served; --allow-missing-dora (allow_missing_dora) serves the factors without DoRA"
         )
     return asked
 

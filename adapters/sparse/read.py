@@ -15,7 +15,7 @@ from torch import Tensor
 from loramux.adapters.adapter_files import CONFIG_FILE, TENSOR_FILE, confined
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import AdapterFormatError, UnsupportedAdapterError
-from loramux.adapters.sparse.blueprint import Blueprint, Parts, ReadOptions
+from loramux.adapters.sparse.blueprint import Blueprint, Parts
 from loramux.adapters.sparse.detect import Container, detect
 from loramux.adapters.sparse.fields import Fields
 from loramux.adapters.sparse.linear_mixtures import loramoe, mola
@@ -23,6 +23,7 @@ from loramux.adapters.sparse.loracoe import loracoe
 from loramux.adapters.sparse.loramoe_original import loramoe_with_paths
 from loramux.adapters.sparse.mixlora import mixlora
 from loramux.adapters.sparse.model import ExpertMixture, Kind, SparseModel
+from loramux.adapters.sparse.options import DEFAULT, ReadOptions
 from loramux.adapters.sparse.tensor_file import TensorFile
 
 _PEFT_TYPES = {
@@ -58,10 +59,7 @@ def read_sparse(
     id: str,
     base: BaseShapes,
     dtype: torch.dtype | None = None,
-    allow_missing_dora: bool = False,
-    override_base: bool = False,
-    bypass_router: bool = False,
-    replay_capacity: bool = False,
+    options: ReadOptions = DEFAULT,
     root: str | Path | None = None,
 ) -> SparseModel:
     """Read and check the directory of a sparse model; all or nothing.
@@ -72,10 +70,7 @@ def read_sparse(
         base: the model it must fit.
         dtype: convert the factors; None keeps the type of the file, float32 where it mixes types. Routers are
             float32 always.
-        allow_missing_dora: serve a DoRA checkpoint, whose magnitudes were never saved, without DoRA.
-        override_base: accept a config that names another base; names and shapes must still fit.
-        bypass_router: LoRACoE without its router: the gate is then what `router_bypass` says.
-        replay_capacity: switch MixLoRA drops the tokens over the capacity it was trained with.
+        options: what the operator decided about it.
         root: directory that both files must lie in after resolving links; None means `folder` itself.
 
     Returns:
@@ -88,7 +83,6 @@ def read_sparse(
         UnsupportedAdapterError: a method or feature that is not served.
         BaseMismatchError: made for another base, by name, by modules or by shapes.
     """
-    options = ReadOptions(allow_missing_dora, override_base, bypass_router, replay_capacity)
     with _opened(Path(folder), base, options, root) as (blueprint, file):
         file.check(blueprint.wanted, base, dtype)
         parts = blueprint.build(file)
@@ -108,8 +102,7 @@ def measure_sparse(
     folder: str | Path,
     *,
     base: BaseShapes,
-    allow_missing_dora: bool = False,
-    override_base: bool = False,
+    options: ReadOptions = DEFAULT,
     root: str | Path | None = None,
 ) -> SparseSize:
     """What `read_sparse` would hold in memory, without reading a tensor. Arguments as there.
@@ -117,7 +110,6 @@ def measure_sparse(
     Raises:
         AdapterError: as `read_sparse`, as far as config and header show it.
     """
-    options = ReadOptions(allow_missing_dora=allow_missing_dora, override_base=override_base)
     with _opened(Path(folder), base, options, root) as (blueprint, file):
         file.check(blueprint.wanted, base, None)
         return SparseSize(blueprint.kind, blueprint.parameters, blueprint.router_parameters)
@@ -157,7 +149,7 @@ def _blueprint(
         raise UnsupportedAdapterError(
             f"{fields.path}: task_type is 'SEQ_CLS': it classifies sequences, and only text is generated here"
         )
-    fields.check_base(base.id, override=options.override_base)
+    fields.check_base(base.id, override=options.any_base)
     match container:
         case Container.MIXLORA:
             blueprint = mixlora(fields, path, keys, base, options)

@@ -1,4 +1,4 @@
-"""`loramux pool`: build a pool from rows, check one, add an expert to one."""
+"""`loramux pool`: build a pool from rows, check one, add an expert or a sparse model to one."""
 
 from __future__ import annotations
 
@@ -102,3 +102,32 @@ def add(
 
     entry = add_expert(pool, adapter, id=id, rows=read_rows(data), description=description, any_base=any_base)
     typer.echo(f"{pool}: {entry.id} added from {entry.rows} example rows")
+
+
+@app.command("add-sparse")
+def add_sparse(
+    pool: Pool,
+    model: Annotated[Path, typer.Argument(help="Directory of a MixLoRA, LoRAMoE, MoLA or LoRACoE model.")],
+    id: Annotated[str, typer.Option(help="Name of the model: a lower-case slug.")],
+    description: Annotated[str, typer.Option(help="One line for people.")] = "",
+    any_base: Annotated[bool, typer.Option(help="Accept a config that names another base.")] = False,
+    allow_missing_dora: Annotated[
+        bool, typer.Option(help="Serve a DoRA checkpoint, whose magnitudes were never saved, without DoRA.")
+    ] = False,
+    bypass_router: Annotated[bool, typer.Option(help="LoRACoE: serve it without its routers.")] = False,
+    replay_capacity: Annotated[
+        bool, typer.Option(help="Switch MixLoRA: drop the tokens over the capacity it was trained with.")
+    ] = False,
+) -> None:
+    """Copy a sparse model into a pool; it is asked for by its id, so the router does not change."""
+    from loramux.adapters.sparse.options import ReadOptions
+    from loramux.server.pool.add_sparse import add_sparse
+
+    options = ReadOptions(
+        any_base=any_base,
+        allow_missing_dora=allow_missing_dora,
+        bypass_router=bypass_router,
+        replay_capacity=replay_capacity,
+    )
+    entry = add_sparse(pool, model, id=id, description=description, options=options)
+    typer.echo(f"{pool}: {entry.id} added, {entry.kind}")

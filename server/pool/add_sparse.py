@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from loramux.adapters.adapter_files import CONFIG_FILE, TENSOR_FILE
+from loramux.adapters.sparse.options import DEFAULT, ReadOptions
 from loramux.adapters.sparse.read import read_sparse
 from loramux.server.pool.check import base_shapes
 from loramux.server.pool.manifest import (
@@ -24,7 +25,7 @@ _RESERVED = "auto"
 
 
 def add_sparse(
-    root: Path, folder: Path, *, id: str, description: str = "", any_base: bool = False
+    root: Path, folder: Path, *, id: str, description: str = "", options: ReadOptions = DEFAULT
 ) -> SparseEntry:
     """Copy a sparse model into a pool; the router does not change, for a sparse model is asked for by its id.
 
@@ -33,7 +34,7 @@ def add_sparse(
         folder: its config and tensors, which are copied.
         id: a lower-case slug that the pool does not use yet.
         description: one line for people.
-        any_base: accept a config that names another base; its shapes must still fit.
+        options: what the operator decides about it; kept in the manifest.
 
     Raises:
         PoolError: the pool is damaged, or the id cannot be used.
@@ -49,7 +50,7 @@ def add_sparse(
         )
     if id in {manifest.base.id, *(e.id for e in manifest.experts), *(s.id for s in manifest.sparse)}:
         raise PoolError(f"sparse model id {id!r} is used in this pool already; choose another")
-    model = read_sparse(folder, id=id, base=base_shapes(pool), override_base=any_base)
+    model = read_sparse(folder, id=id, base=base_shapes(pool), options=options)
     place = root / "sparse" / id
     if place.exists():
         shutil.rmtree(place)
@@ -57,7 +58,7 @@ def add_sparse(
     for name in (CONFIG_FILE, TENSOR_FILE):
         shutil.copyfile(folder / name, place / name)
     entry = SparseEntry(
-        id=id, path=f"sparse/{id}", kind=model.kind, description=description, any_base=any_base
+        id=id, path=f"sparse/{id}", kind=model.kind, description=description, **asdict(options)
     )
     write_manifest(root, replace(manifest, sparse=(*manifest.sparse, entry), files=hash_files(root)))
     return entry

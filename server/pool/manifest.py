@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, with_config
 
 from loramux.adapters.sparse.model import Kind
+from loramux.adapters.sparse.options import ReadOptions
 from loramux.server.errors import StartError
 
 MANIFEST = "pool.json"
@@ -62,13 +63,25 @@ class RouterEntry:
 @with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class SparseEntry:
-    """One sparse model beside the experts; `any_base` accepts files that name another base."""
+    """One sparse model beside the experts, and what the operator decided about it (`ReadOptions`)."""
 
     id: Slug
     path: RelativePath
     kind: Kind
     description: str = ""
     any_base: bool = False
+    allow_missing_dora: bool = False
+    bypass_router: bool = False
+    replay_capacity: bool = False
+
+    @property
+    def options(self) -> ReadOptions:
+        return ReadOptions(
+            any_base=self.any_base,
+            allow_missing_dora=self.allow_missing_dora,
+            bypass_router=self.bypass_router,
+            replay_capacity=self.replay_capacity,
+        )
 
 
 @with_config(_STRICT)

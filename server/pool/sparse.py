@@ -33,7 +33,7 @@ def measure_sparse_models(pool: Pool, shapes: BaseShapes) -> dict[str, SparseSiz
     for entry in pool.manifest.sparse:
         with _named(entry):
             sizes[entry.id] = measure_sparse(
-                pool.sparse_dir(entry), base=shapes, override_base=entry.any_base, root=pool.root
+                pool.sparse_dir(entry), base=shapes, options=entry.options, root=pool.root
             )
     return sizes
 
@@ -53,7 +53,7 @@ def read_entry(
             id=entry.id,
             base=shapes,
             dtype=dtype,
-            override_base=entry.any_base,
+            options=entry.options,
             root=pool.root,
         )
         if model.kind is not entry.kind:

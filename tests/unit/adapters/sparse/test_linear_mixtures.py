@@ -10,6 +10,7 @@ import torch
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import AdapterFormatError, BaseMismatchError, UnsupportedAdapterError
 from loramux.adapters.sparse.model import ExpertMixture, Kind, RankMixture
+from loramux.adapters.sparse.options import ReadOptions
 from loramux.adapters.sparse.read import read_sparse
 from tests.peft_kit import SEVEN
 from tests.sparse_kit import (
@@ -177,7 +178,7 @@ def test_loracoe_without_its_router_has_the_gate_its_config_names(
     save(tmp_path / "joint", tensors, loracoe_config(router_bypass=named, phase="joint"))
     save(tmp_path / "warmup", factors, loracoe_config(router_bypass=named, phase="warmup"))
     joint = read_sparse(tmp_path / "joint", id="x", base=base)
-    without = read_sparse(tmp_path / "joint", id="x", base=base, bypass_router=True)
+    without = read_sparse(tmp_path / "joint", id="x", base=base, options=ReadOptions(bypass_router=True))
     warmup = read_sparse(tmp_path / "warmup", id="x", base=base)
     for model in (without, warmup):
         mixture = model.linear[Q0]

@@ -10,10 +10,10 @@ from transformers.activations import ACT2FN
 
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import AdapterFormatError, BaseMismatchError, UnsupportedAdapterError
-from loramux.adapters.sparse.blueprint import ReadOptions
 from loramux.adapters.sparse.fields import Fields
 from loramux.adapters.sparse.mixlora import mixlora
 from loramux.adapters.sparse.model import FfnRouting, FfnStrategy, Kind
+from loramux.adapters.sparse.options import ReadOptions
 from loramux.adapters.sparse.read import measure_sparse, read_sparse
 from tests.sparse_kit import (
     ARCHITECTURES,
@@ -94,7 +94,7 @@ def test_switch_never_drops_a_token_unless_the_training_is_to_be_replayed(
 ) -> None:
     save(tmp_path, mixlora_tensors(base), mixlora_config(routing_strategy="mixlora-switch", **saved))
     served = read_sparse(tmp_path, id="x", base=base)
-    replayed = read_sparse(tmp_path, id="x", base=base, replay_capacity=True)
+    replayed = read_sparse(tmp_path, id="x", base=base, options=ReadOptions(replay_capacity=True))
     assert served.ffn["model.layers.1.mlp"].routing.capacity is None
     assert replayed.ffn["model.layers.1.mlp"].routing.capacity == capacity
     assert served.content_hash != replayed.content_hash
@@ -152,7 +152,7 @@ def test_dora_is_refused_because_its_magnitudes_were_never_saved(base: BaseShape
     for name in ("outer", "experts"):
         with pytest.raises(UnsupportedAdapterError, match=r"magnitudes were never saved.*allow-missing-dora"):
             read_sparse(tmp_path / name, id="x", base=base)
-        model = read_sparse(tmp_path / name, id="x", base=base, allow_missing_dora=True)
+        model = read_sparse(tmp_path / name, id="x", base=base, options=ReadOptions(allow_missing_dora=True))
         assert model.content_hash == plain.content_hash
         assert "never saved" in str(model.summary["dora"])
 
@@ -162,11 +162,13 @@ def test_a_private_base_path_is_overridden_but_shapes_are_not(base: BaseShapes, 
     save(tmp_path, mixlora_tensors(base), config)
     with pytest.raises(BaseMismatchError, match=r"/home/someone/models.*tiny.*override"):
         read_sparse(tmp_path, id="x", base=base)
-    assert read_sparse(tmp_path, id="x", base=base, override_base=True).kind is Kind.MIXLORA
+    assert read_sparse(tmp_path, id="x", base=base, options=ReadOptions(any_base=True)).kind is Kind.MIXLORA
     with pytest.raises(BaseMismatchError, match="has shape"):
-        read_sparse(tmp_path, id="x", base=llama_2_7b(), override_base=True)
+        read_sparse(tmp_path, id="x", base=llama_2_7b(), options=ReadOptions(any_base=True))
     with pytest.raises(BaseMismatchError, match=r"name no projection of base 'tiny'"):
-        read_sparse(tmp_path, id="x", base=base_shapes(small_config("phi")), override_base=True)
+        read_sparse(
+            tmp_path, id="x", base=base_shapes(small_config("phi")), options=ReadOptions(any_base=True)
+        )
 
 
 def test_the_published_size_of_llama_2_7b(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_bfloat16_factors_stay_close_to_the_script() -> None:
         found = served.logits(prompt, [slot])
         served.model.float()
         assert found.dtype == torch.bfloat16
-        assert error(found, wanted(served.base, sparse, prompt)) < 0.15
+        assert error(found, wanted(served.base, sparse, prompt)) < 0.3  # of all of a model in bfloat16
 
 
 def test_the_load_counts_tokens_and_entropy() -> None:
