@@ -72,7 +72,7 @@ def damaged(data: st.DataObject, tensors: dict[str, Tensor]) -> dict[str, Tensor
             case "retype":
                 kinds = [torch.int64, torch.bool, torch.float64, torch.bfloat16, torch.complex64]
                 real = tensor.real if tensor.is_complex() else tensor  # casting away a part is a warning
-                    tensors[key] = real.to(data.draw(st.sampled_from(kinds)))
+                tensors[key] = real.to(data.draw(st.sampled_from(kinds)))
             case "value" if tensor.numel():
                 numbers = st.sampled_from([float("nan"), float("inf"), -1e30, 0.0])
                 tensors[key].view(-1)[0] = data.draw(numbers) if tensor.is_floating_point() else 0
