@@ -8,6 +8,7 @@ from loramux.adapters.errors import AdapterError
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.residency import Residency
 from loramux.adapters.sparse.model import SparseModel
+from loramux.adapters.sparse.options import DEFAULT, ReadOptions
 from loramux.adapters.sparse.shelf import Shelf, SparseCard
 from loramux.server.catalog import Catalog
 from loramux.server.errors import Conflict, RequestError, UnknownModel
@@ -16,9 +17,9 @@ from loramux.server.errors import Conflict, RequestError, UnknownModel
 class AdapterAdmin:
     """One change at a time; a load that fails leaves nothing behind.
 
-    `read` takes a directory and an id and gives the checked adapter or sparse model, whichever the files are.
-    A loaded expert can be named, by `model` or in `lora`, and takes part in `arrow`; the router does not know
-    it. A sparse model can be named by `model`.
+    `read` takes a directory, an id and options, and gives the checked adapter or sparse model, whichever the
+    files are. A loaded expert can be named, by `model` or in `lora`, and takes part in `arrow`; the router
+    does not know it. A sparse model can be named by `model`.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class AdapterAdmin:
         residency: Residency,
         shelf: Shelf,
         root: Path,
-        read: Callable[[Path, str], LoraAdapter | SparseModel],
+        read: Callable[[Path, str, ReadOptions], LoraAdapter | SparseModel],
     ) -> None:
         self._catalog = catalog
         self._residency = residency
@@ -36,7 +37,7 @@ class AdapterAdmin:
         self._read = read
         self._busy = asyncio.Lock()
 
-    async def load(self, name: str, path: str) -> LoraAdapter | SparseCard:
+    async def load(self, name: str, path: str, options: ReadOptions = DEFAULT) -> LoraAdapter | SparseCard:
         """Read an adapter or sparse model below the adapter root and serve it as `name`.
 
         Raises:
@@ -50,7 +51,7 @@ class AdapterAdmin:
                 )
             folder = self._confined(path)
             try:
-                found = await asyncio.to_thread(self._read, folder, name)
+                found = await asyncio.to_thread(self._read, folder, name, options)
                 if isinstance(found, SparseModel):
                     return await self._shelf.add(found)
             except AdapterError as error:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -12,13 +13,16 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from loramux.adapters.arena import Arena
 from loramux.adapters.base_shapes import BaseShapes
+from loramux.adapters.errors import UnsupportedAdapterError
 from loramux.adapters.layers import AdapterLayers
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.peft_format import read_lora
 from loramux.adapters.residency import Residency
+from loramux.adapters.sparse.allowance import Allowance
 from loramux.adapters.sparse.arrow import ArrowExperts
 from loramux.adapters.sparse.arrows import Arrows
 from loramux.adapters.sparse.model import SparseModel
+from loramux.adapters.sparse.options import ReadOptions
 from loramux.adapters.sparse.read import read_sparse
 from loramux.adapters.sparse.recognise import is_sparse
 from loramux.adapters.sparse.shelf import Shelf
@@ -79,8 +83,10 @@ def build(settings: Settings) -> Parts:
     layers = AdapterLayers(model, arena)
     engine = make_engine(settings, model, layers, budget.kv_tokens)
     sparse = read_sparse_models(pool, shapes, target.dtype)
-    shelf = Shelf(partial(place_model, layers=layers, device=model.device, dtype=target.dtype), sparse)
-    arrows = Arrows(partial(ArrowExperts, device=model.device, dtype=target.dtype))
+    allowance = Allowance(settings.residency.sparse_bytes + sum(one.nbytes for one in sparse))
+    placing = partial(place_model, layers=layers, device=model.device, dtype=target.dtype)
+    shelf = Shelf(placing, sparse, allowance)
+    arrows = Arrows(partial(ArrowExperts, device=model.device, dtype=target.dtype), allowance)
     metrics = Metrics(
         pool.manifest.base.id,
         engine.stats,
@@ -119,7 +125,7 @@ def connect(
     engine: Engine,
     router: Router,
     tokenizer: ChatTokenizer,
-    read: Callable[[Path, str], LoraAdapter | SparseModel],
+    read: Callable[[Path, str, ReadOptions], LoraAdapter | SparseModel],
     adapter_root: Path,
     fingerprint: str,
 ) -> Parts:
@@ -292,14 +298,16 @@ def place_model(
 
 
 def read_adapter(
-    folder: Path, name: str, *, shapes: BaseShapes, dtype: torch.dtype, pinned: bool
+    folder: Path, name: str, options: ReadOptions, *, shapes: BaseShapes, dtype: torch.dtype, pinned: bool
 ) -> LoraAdapter | SparseModel:
     """A directory below the adapter root, whichever of the two it holds.
 
     Raises:
-        AdapterError: it is damaged, unsupported, or does not fit the base.
+        AdapterError: it is damaged, unsupported, or does not fit the base, or an option is not for its kind.
     """
     if is_sparse(folder):
-        return read_sparse(folder, id=name, base=shapes, dtype=dtype)
-    adapter = read_lora(folder, id=name, base=shapes, dtype=dtype)
+        return read_sparse(folder, id=name, base=shapes, dtype=dtype, options=options)
+    if given := sorted(key for key, value in asdict(replace(options, any_base=False)).items() if value):
+        raise UnsupportedAdapterError(f"{given[0]} is for sparse models; {folder.name} is a LoRA")
+    adapter = read_lora(folder, id=name, base=shapes, dtype=dtype, any_base=options.any_base)
     return adapter.pinned() if pinned else adapter

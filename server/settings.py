@@ -79,6 +79,12 @@ class ResidencySettings(_Section):
         default=True,
         description="Copy the experts into their rows at the start, so that no request waits for it.",
     )
+    sparse_bytes: int = Field(
+        default=2**28,
+        ge=0,
+        description="Bytes on the device for sparse models that are loaded later and for the copies that "
+        "arrow makes of its experts.",
+    )
     max_blends: int = Field(
         default=4096,
         ge=1,

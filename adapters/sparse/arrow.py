@@ -5,7 +5,6 @@ of PEFT's `create_arrow_model`: prototypes by power iteration, |x · v_e|, top-k
 """
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from loramux.adapters.errors import BaseMismatchError, BlendError
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.sparse.slot import SparseSlot
 from loramux.adapters.sparse.tally import Tally
-from loramux.kernels.gated_lora.gates import ExpertGated, arrow_gate, dense_softmax
+from loramux.kernels.gated_lora.gates import ExpertGate, ExpertGated
 from loramux.kernels.gated_lora.prototypes import prototypes
 
 
@@ -53,7 +52,7 @@ class ArrowExperts:
                 [pair.b.to(device) for pair in pairs],
                 [pair.scale for pair in pairs],
                 torch.stack([found[i][path] for i in members]).to(device),
-                dense_softmax,  # replaced by `slot`
+                ExpertGate(magnitude=True),  # replaced by `slot`
             )
         self._device = device
 
@@ -70,7 +69,7 @@ class ArrowExperts:
         """
         if top_k < 1 or not temperature > 0:
             raise BlendError(f"arrow needs a positive top_k and temperature, got {top_k} and {temperature}")
-        gate = partial(arrow_gate, k=top_k, temperature=temperature)
+        gate = ExpertGate(top_k, temperature, magnitude=True)
         linear = {path: placed.with_gate(gate) for path, placed in self._placed.items()}
         return SparseSlot(linear, {}, Tally(0, self._device))
 

@@ -16,6 +16,7 @@ from loramux.adapters.errors import BlendError
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.quiet_threads import QuietThreads
 from loramux.adapters.residency import Handle, Lease
+from loramux.adapters.sparse.allowance import Allowance
 from loramux.adapters.sparse.arrow import ArrowExperts
 
 #: Of the softmax over the chosen experts' scores, as in the paper.
@@ -64,6 +65,7 @@ class _Prepared:
     """A set of experts being made ready, or ready, with the slots that were made over it."""
 
     task: asyncio.Task[ArrowExperts]
+    taken: int
     pins: int = 0
     seconds: float = 0.0
     slots: OrderedDict[str, Handle] = field(default_factory=OrderedDict)
@@ -72,11 +74,17 @@ class _Prepared:
 class Arrows:
     """Leases arrow mixtures. The set of experts asked for last stays ready; older ones go when unused.
 
-    `prepare` puts the experts' factors and prototypes on the device; it is called on a quiet thread.
+    `prepare` puts the experts' factors and prototypes on the device, within the `allowance`; it is called on
+    a quiet thread.
     """
 
-    def __init__(self, prepare: Callable[[Sequence[LoraAdapter]], ArrowExperts]) -> None:
+    def __init__(
+        self,
+        prepare: Callable[[Sequence[LoraAdapter]], ArrowExperts],
+        allowance: Allowance | None = None,
+    ) -> None:
         self._prepare = prepare
+        self._allowance = allowance or Allowance()
         self._sets: OrderedDict[tuple[str, ...], _Prepared] = OrderedDict()
         self._preparing = QuietThreads("loramux-arrow")
 
@@ -92,7 +100,7 @@ class Arrows:
         """Hold the experts ready until the context ends; concurrent leases of one set prepare it once.
 
         Raises:
-            BlendError: the experts cannot be routed together.
+            BlendError: the experts cannot be routed together, or the allowance is too small for them.
         """
         prepared = self._sets.get(mixture.hashes)
         cached = prepared is not None and prepared.task.done()
@@ -111,7 +119,10 @@ class Arrows:
             self._drop_unused()
 
     def _begin(self, mixture: ArrowMixture) -> _Prepared:
-        prepared = _Prepared(asyncio.create_task(self._run(mixture)))
+        self._drop_unused(all_of_them=True)
+        taken = prepared_bytes(mixture.experts)
+        self._allowance.take(taken, f"arrow over {len(mixture.experts)} experts")
+        prepared = _Prepared(asyncio.create_task(self._run(mixture)), taken)
         prepared.task.add_done_callback(lambda task: task.cancelled() or task.exception())
         self._sets[mixture.hashes] = prepared
         return prepared
@@ -121,7 +132,7 @@ class Arrows:
         try:
             experts = await self._preparing.run(self._prepare, mixture.experts)
         except BaseException:
-            self._sets.pop(mixture.hashes, None)
+            self._drop(mixture.hashes)
             raise
         self._sets[mixture.hashes].seconds = time.monotonic() - started
         return experts
@@ -137,7 +148,16 @@ class Arrows:
         prepared.slots.move_to_end(mixture.key)
         return handle
 
-    def _drop_unused(self) -> None:
-        for hashes in list(self._sets)[:-1]:
+    def _drop_unused(self, *, all_of_them: bool = False) -> None:
+        for hashes in list(self._sets)[: None if all_of_them else -1]:
             if not self._sets[hashes].pins:
-                del self._sets[hashes]
+                self._drop(hashes)
+
+    def _drop(self, hashes: tuple[str, ...]) -> None:
+        self._allowance.give(self._sets.pop(hashes).taken)
+
+
+def prepared_bytes(experts: Sequence[LoraAdapter]) -> int:
+    """What a set of experts takes on the device: their factors again, and a float32 prototype a module."""
+    prototypes = sum(4 * pair.a.shape[1] for expert in experts for pair in expert.pairs.values())
+    return sum(expert.nbytes for expert in experts) + prototypes

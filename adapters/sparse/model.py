@@ -41,6 +41,10 @@ class ExpertFactors:
     scale: float
 
     @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes
+
+    @property
     def experts(self) -> int:
         return self.a.shape[0]
 
@@ -73,6 +77,10 @@ class RankMixture:
     gain: float = 1.0
     bypass: float = 1.0
 
+    @property
+    def nbytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes + (0 if self.router is None else self.router.nbytes)
+
 
 @dataclass(frozen=True, eq=False)
 class ExpertMixture:
@@ -86,6 +94,10 @@ class ExpertMixture:
     factors: ExpertFactors
     router: Tensor
     top_k: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.factors.nbytes + self.router.nbytes
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,10 @@ class MixtureFfn:
     activation: str | None = None
 
     @property
+    def nbytes(self) -> int:
+        return self.router.nbytes + sum(factors.nbytes for factors in self.projections.values())
+
+    @property
     def experts(self) -> int:
         return self.router.shape[0]
 
@@ -145,3 +161,9 @@ class SparseModel:
     linear: Mapping[str, RankMixture | ExpertMixture] = field(default_factory=lambda: MappingProxyType({}))
     ffn: Mapping[str, MixtureFfn] = field(default_factory=lambda: MappingProxyType({}))
     summary: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors, here and on the device."""
+        plain = sum(pair.a.nbytes + pair.b.nbytes for pair in self.plain.values())
+        return plain + sum(mixture.nbytes for mixture in (*self.linear.values(), *self.ffn.values()))

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from loramux.adapters.errors import BlendError
 from loramux.adapters.quiet_threads import QuietThreads
 from loramux.adapters.residency import Handle, Lease
+from loramux.adapters.sparse.allowance import Allowance
 from loramux.adapters.sparse.model import Kind, RankMixture, SparseModel
 from loramux.adapters.sparse.slot import SparseSlot
 from loramux.adapters.sparse.tally import ExpertLoad
@@ -46,25 +47,34 @@ class _Placed:
     card: SparseCard
     handle: Handle
     slot: SparseSlot
+    taken: int
     pins: int = 0
 
 
 class Shelf:
     """Sparse models by id. Only placing one, which may copy gigabytes, leaves the event loop.
 
-    `place` puts a model's tensors on the device. All models of the shelf stay there: they are few, and chosen
-    by the operator.
+    `place` puts a model's tensors on the device, within the `allowance`. All models of the shelf stay there:
+    they are few, and chosen by the operator.
+
+    Raises:
+        BlendError: the allowance is too small for `models`.
     """
 
     def __init__(
-        self, place: Callable[[SparseModel], SparseSlot], models: Iterable[SparseModel] = ()
+        self,
+        place: Callable[[SparseModel], SparseSlot],
+        models: Iterable[SparseModel] = (),
+        allowance: Allowance | None = None,
     ) -> None:
         self._place = place
+        self._allowance = allowance or Allowance()
         self._placed: dict[str, _Placed] = {}
         self._leaving: set[_Placed] = set()
         self._cards: dict[str, SparseCard] = {}
         self._placing = QuietThreads("loramux-place")
         for model in models:
+            self._take(model)
             self._put(model, place(model))
 
     @property
@@ -76,10 +86,15 @@ class Shelf:
         """Place a model and serve it from then on.
 
         Raises:
-            BlendError: the id is taken.
+            BlendError: the id is taken, or the allowance is too small.
         """
         self._refuse_taken(model.id)
-        return self._put(model, await self._placing.run(self._place, model))
+        self._take(model)
+        try:
+            return self._put(model, await self._placing.run(self._place, model))
+        except BaseException:
+            self._allowance.give(model.nbytes)
+            raise
 
     def remove(self, id: str) -> None:
         """Take a model out: running requests keep it, new ones no longer find it.
@@ -130,6 +145,9 @@ class Shelf:
         if pinned or leaving:
             raise RuntimeError(f"still pinned: {pinned}; unloaded but held: {leaving}")
 
+    def _take(self, model: SparseModel) -> None:
+        self._allowance.take(model.nbytes, f"sparse model {model.id!r}")
+
     def _refuse_taken(self, id: str) -> None:
         if id in self._placed:
             raise BlendError(f"a sparse model with the id {id!r} is loaded already; unload it first")
@@ -146,7 +164,7 @@ class Shelf:
             nbytes=slot.nbytes,
             summary=model.summary,
         )
-        self._placed[model.id] = _Placed(card, Handle(key, slot), slot)
+        self._placed[model.id] = _Placed(card, Handle(key, slot), slot, model.nbytes)
         self._cards[model.id] = card
         return card
 
@@ -154,6 +172,7 @@ class Shelf:
         if placed in self._leaving and not placed.pins:
             self._leaving.discard(placed)
             placed.slot.release()
+            self._allowance.give(placed.taken)
 
 
 def largest_rank(model: SparseModel) -> int:

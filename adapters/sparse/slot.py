@@ -12,7 +12,7 @@ from loramux.adapters.sparse.feed_forward import PlacedFfn
 from loramux.adapters.sparse.model import ExpertMixture, RankMixture, SparseModel
 from loramux.adapters.sparse.tally import ExpertLoad, Tally
 from loramux.kernels.gated_lora import Adding
-from loramux.kernels.gated_lora.gates import ExpertGated, RankGated, Ungated, dense_softmax, top_k_softmax
+from loramux.kernels.gated_lora.gates import ExpertGate, ExpertGated, RankGated, Ungated
 
 #: Linear modules whose routers are counted: enough to see a collapse, too few to cost anything.
 WATCHED = 4
@@ -105,13 +105,12 @@ def _mixture(
 ) -> RankGated | ExpertGated | Ungated:
     if isinstance(mixture, ExpertMixture):
         factors = mixture.factors
-        gate = dense_softmax if mixture.top_k is None else partial(top_k_softmax, k=mixture.top_k)
         return ExpertGated(
             list(factors.a.to(device, dtype)),
             list(factors.b.to(device)),
             [factors.scale] * factors.experts,
             mixture.router.to(device),
-            gate,
+            ExpertGate(mixture.top_k),
         )
     a, b, factor = mixture.a.to(device, dtype), mixture.b.to(device), mixture.scale * mixture.gain
     if mixture.router is None:  # trained without one: a constant stands in for the gate of every rank

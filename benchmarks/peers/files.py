@@ -1,9 +1,10 @@
 """The model files that loramux and its peers are compared on, and the prompts.
 
 One folder, a loramux pool, serves everybody: `pool/base` is an ordinary Hugging Face directory (a Llama of 24
-layers, hidden size 1024, 317 million parameters, float32, random weights), and `pool/experts/e0` to `e7` are
-adapters written by PEFT (rank 16, all seven projections, random). Its router is fitted on made-up texts and
-never asked: every request names its mixture. 1.6 GB; the same seed writes the same numbers.
+layers, hidden size 1024, 317 million parameters, random weights, in float32 or bfloat16), and
+`pool/experts/e0` to `e7` are adapters written by PEFT (rank 16, all seven projections, random). Its router is
+fitted on made-up texts and never asked: every request names its mixture. 1.6 GB in float32; the same seed
+writes the same numbers.
 """
 
 from __future__ import annotations
@@ -88,15 +89,15 @@ def prompts(tokenizer: Tokenizer, count: int, seed: str) -> list[Prompt]:
     return found
 
 
-def make(cache: Path, layers: int) -> Files:
-    """Write the files where they are missing. 24 layers take half a minute."""
-    pool = cache / f"pool-{layers}"
+def make(cache: Path, layers: int, *, narrow: bool = False) -> Files:
+    """Write the files where they are missing, `narrow` in bfloat16. 24 layers take half a minute."""
+    pool = cache / f"pool-{layers}{'-bfloat16' if narrow else ''}"
     if not (pool / "pool.json").is_file():
-        partial = cache / f"pool-{layers}.partial"
+        partial = cache / f"{pool.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "base").mkdir(parents=True)
         _write_tokenizer(partial / "base")
-        _write_models(partial, layers)
+        _write_models(partial, layers, narrow)
         _write_pool(partial)
         shutil.rmtree(pool, ignore_errors=True)
         partial.rename(pool)
@@ -110,7 +111,7 @@ def _write_tokenizer(base: Path) -> None:
         shutil.copyfile(DEMO_POOL / "base" / name, base / name)
 
 
-def _write_models(pool: Path, layers: int) -> None:
+def _write_models(pool: Path, layers: int, narrow: bool) -> None:
     """The base and, through PEFT, its adapters.
 
     Rows of the tied embedding that are no printable text are zero. A zero row scores 0 and some other row
@@ -135,6 +136,7 @@ def _write_models(pool: Path, layers: int) -> None:
     plain = torch.zeros(config.vocab_size, 1)
     plain[plain_tokens(tokenizer)] = 1
     model.model.embed_tokens.weight.mul_(plain)
+    model.to(torch.bfloat16 if narrow else torch.float32)
     generation = (pool / "base" / "generation_config.json").read_bytes()
     model.save_pretrained(pool / "base")
     (pool / "base" / "generation_config.json").write_bytes(generation)
@@ -148,6 +150,7 @@ def _write_models(pool: Path, layers: int) -> None:
         adapted.add_adapter(name, lora)
     for settings in adapted.peft_config.values():
         settings.base_model_name_or_path = BASE_ID
+    adapted.to(torch.bfloat16 if narrow else torch.float32)
     adapted.save_pretrained(pool / "experts", save_embedding_layers=False)
 
 

@@ -51,6 +51,6 @@ def _our_merge(files: Files, dtype: str) -> Callable[[str], object]:
 
     torch.set_num_threads(CORES)
     base = BaseShapes.from_config_dir(files.base, BASE_ID)
-    kind = getattr(torch, dtype)
+    kind = torch.float32 if dtype == "float32" else torch.bfloat16
     parts = [(read_lora(files.adapters[n], id=n, base=base, dtype=kind), weight) for n, weight in BLEND]
     return lambda method: merge(parts, method)

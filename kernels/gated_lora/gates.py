@@ -1,16 +1,19 @@
 """Gates that depend on the token: `y += B(g(x) ⊙ Ax)` with g from a router that is read in the same product
 as A.
 
-The gate functions are pure; `RankGated` and `ExpertGated` hold the factors of one module in the layout that
+The gates themselves are pure; `RankGated` and `ExpertGated` hold the factors of one module in the layout that
 makes them cheap. Routers, softmax and gates are float32 whatever the factors are.
 """
 
 from collections.abc import Callable, Sequence
 from copy import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+
+from loramux.kernels.gated_lora.native_tokens import NativeTokens, can_serve
 
 #: Told the gate of some tokens, [T, parts].
 Watch = Callable[[Tensor], None]
@@ -21,27 +24,25 @@ def rank_gate(logits: Tensor, experts: int) -> Tensor:
     return logits.view(-1, experts, logits.shape[1] // experts).softmax(-1).mean(-2)
 
 
-def dense_softmax(logits: Tensor) -> Tensor:
-    """LoRAMoE: every expert takes part; [T, E]."""
-    return logits.softmax(-1)
+@dataclass(frozen=True, slots=True)
+class ExpertGate:
+    """Products with the router [T, E] -> factors [T, E]: the softmax over the k best experts of a token, all
+    of them by default, and 0 for the others.
 
-
-def top_k_softmax(logits: Tensor, k: int) -> Tensor:
-    """MoLA: the k best experts, their probabilities divided by their sum; [T, E].
-
-    That equals the softmax over their logits alone.
+    LoRAMoE takes all. MoLA takes k, whose probabilities divided by their sum are the softmax over their
+    logits alone. Arrow takes the k with the largest magnitude.
     """
-    return _softmax_of_best(logits, k)
 
+    k: int | None = None
+    temperature: float = 1.0
+    magnitude: bool = False
 
-def arrow_gate(products: Tensor, k: int, temperature: float = 1.0) -> Tensor:
-    """Arrow: softmax(|x · v_e| / temperature) over the k experts where |x · v_e| is largest; [T, E]."""
-    return _softmax_of_best(products.abs(), k, temperature)
-
-
-def _softmax_of_best(scores: Tensor, k: int, temperature: float = 1.0) -> Tensor:
-    best, at = scores.topk(min(k, scores.shape[-1]), dim=-1)
-    return torch.zeros_like(scores).scatter_(-1, at, (best / temperature).softmax(-1))
+    def __call__(self, products: Tensor) -> Tensor:
+        scores = products.abs() if self.magnitude else products
+        if self.k is None:
+            return (scores / self.temperature).softmax(-1)
+        best, at = scores.topk(min(self.k, scores.shape[-1]), dim=-1)
+        return torch.zeros_like(scores).scatter_(-1, at, (best / self.temperature).softmax(-1))
 
 
 class Shrink:
@@ -54,6 +55,11 @@ class Shrink:
             self._stacked = torch.cat([a, router])
         else:
             self._stacked, self._router = a, router
+
+    @property
+    def stacked(self) -> Tensor | None:
+        """[r + logits, in], A first, where they lie in one tensor."""
+        return self._stacked if self._router is None else None
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +87,7 @@ class RankGated:
         self._shrink = Shrink(a, _wide(router) / temperature)
         self._bt = _scaled(b.T, factor, a.dtype)
         self._experts = experts
+        self._native = _native(self._shrink, self._bt, None, experts)
         self.watch: Watch | None = None
 
     @property
@@ -89,11 +96,14 @@ class RankGated:
 
     def add_(self, y: Tensor, x: Tensor) -> None:
         """Add to y [T, out] in place, given x [T, in]."""
-        hidden, logits = self._shrink(x)
-        gate = rank_gate(logits, self._experts)
+        if self._native is not None and self._native.takes(y, x):
+            gate = self._native.add_(y, x)
+        else:
+            hidden, logits = self._shrink(x)
+            gate = rank_gate(logits, self._experts)
+            _expand_(y, hidden * gate, self._bt)
         if self.watch is not None:
             self.watch(gate)
-        _expand_(y, hidden * gate, self._bt)
 
 
 class ExpertGated:
@@ -104,7 +114,6 @@ class ExpertGated:
     Args:
         a: per expert `[r_e, in]`; b: per expert `[out, r_e]`; scales: one per expert, folded into B.
         router: `[E, in]`.
-        gate: `[T, E]` products with the router -> `[T, E]` factors.
     """
 
     def __init__(
@@ -113,21 +122,26 @@ class ExpertGated:
         b: Sequence[Tensor],
         scales: Sequence[float],
         router: Tensor,
-        gate: Callable[[Tensor], Tensor],
+        gate: ExpertGate,
     ) -> None:
         self._shrink = Shrink(torch.cat(list(a)), _wide(router))
         pairs = zip(b, scales, strict=True)
         self._bt = torch.cat([_scaled(factor.T, scale, a[0].dtype) for factor, scale in pairs])
-        owners = [torch.full((factor.shape[0],), i) for i, factor in enumerate(a)]
+        owners = [torch.full((factor.shape[0],), i, dtype=torch.int32) for i, factor in enumerate(a)]
         self._owner = torch.cat(owners).to(router.device)  # the expert of a row
-        self._gate = gate
+        self._experts = len(a)
         self.watch: Watch | None = None
+        self._set_gate(gate)
 
-    def with_gate(self, gate: Callable[[Tensor], Tensor]) -> "ExpertGated":
+    def with_gate(self, gate: ExpertGate) -> "ExpertGated":
         """The same factors, gated otherwise; nothing is copied."""
         other = copy(self)
-        other._gate = gate
+        other._set_gate(gate)
         return other
+
+    def _set_gate(self, gate: ExpertGate) -> None:
+        self._gate = gate
+        self._native = _native(self._shrink, self._bt, self._owner, self._experts, gate)
 
     @property
     def nbytes(self) -> int:
@@ -135,11 +149,14 @@ class ExpertGated:
 
     def add_(self, y: Tensor, x: Tensor) -> None:
         """Add to y [T, out] in place, given x [T, in]."""
-        hidden, products = self._shrink(x)
-        gate = self._gate(products)
+        if self._native is not None and self._native.takes(y, x):
+            gate = self._native.add_(y, x)
+        else:
+            hidden, products = self._shrink(x)
+            gate = self._gate(products)
+            _expand_(y, hidden * gate.index_select(-1, self._owner), self._bt)
         if self.watch is not None:
             self.watch(gate)
-        _expand_(y, hidden * gate.index_select(-1, self._owner), self._bt)
 
 
 class Ungated:
@@ -156,6 +173,19 @@ class Ungated:
     def add_(self, y: Tensor, x: Tensor) -> None:
         """Add to y [T, out] in place, given x [T, in]."""
         _expand_(y, linear(x.to(self._a.dtype), self._a), self._bt)
+
+
+def _native(
+    shrink: Shrink, bt: Tensor, owner: Tensor | None, experts: int, gate: ExpertGate | None = None
+) -> NativeTokens | None:
+    """The form in C++ for few tokens, where there is one."""
+    stacked = shrink.stacked
+    if stacked is None or not can_serve(stacked, bt, experts):
+        return None
+    if gate is None:
+        return NativeTokens(stacked, bt, None, experts)
+    scale = 1 / gate.temperature
+    return NativeTokens(stacked, bt, owner, experts, k=gate.k or 0, scale=scale, magnitude=gate.magnitude)
 
 
 def _wide(router: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 //
 // Called through a plain C interface, so that no header of Python or torch is needed to build it.
 
+#include <cmath>
 #include <cstdint>
 
 struct bf16 {
@@ -34,6 +35,19 @@ struct Call {
     int64_t threads;
 };
 
+// One module of a slot whose tokens gate themselves. With `owner`, rows belong to experts: `logits` = `experts`,
+// and the softmax is over the `k` best scores (or magnitudes). Without, `logits` = `experts` * `rank`, and the
+// gate is the mean of their softmaxes over the rank. Scores are multiplied by `scale` in the softmax.
+struct TokenGate {
+    static const int64_t PARTS = 512;  // experts or ranks, at most
+    const float *stacked;              // [rank + logits, in]
+    const float *bt;                   // [rank, out]
+    const int32_t *owner;              // [rank]
+    const int32_t *order;              // 0, 1, 2, ... for as many tokens as a call may have
+    int64_t in, out, rank, logits, experts, k, magnitude, threads, serial;
+    float scale;
+};
+
 enum { SHRINK = 1, EXPAND = 2 };
 
 // Tokens of a strip: their inputs stay in the cache while the rows pass.
@@ -62,11 +76,17 @@ namespace baseline {
 #include "native_body.inc"
 }
 
+#ifdef DISPATCH
+static bool is_wide() {
+    static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    return wide;
+}
+#endif
+
 template <class E, class F>
 static void choose(const Call *call, E *y, const E *x, int half) {
 #ifdef DISPATCH
-    static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (wide) return avx2::run<E, F>(*call, y, x, half);
+    if (is_wide()) return avx2::run<E, F>(*call, y, x, half);
 #endif
     baseline::run<E, F>(*call, y, x, half);
 }
@@ -81,5 +101,12 @@ void gated_lora_f32_bf16(const Call *call, float *y, const float *x, int half) {
 }
 void gated_lora_bf16_bf16(const Call *call, bf16 *y, const bf16 *x, int half) {
     choose<bf16, bf16>(call, y, x, half);
+}
+// scratch: tokens * (rank + logits), then the gate, tokens * (experts or rank), then tokens * rank.
+void gated_lora_tokens_f32(const TokenGate *own, float *y, const float *x, float *scratch, int64_t tokens) {
+#ifdef DISPATCH
+    if (is_wide()) return avx2::run_tokens(*own, y, x, scratch, tokens);
+#endif
+    baseline::run_tokens(*own, y, x, scratch, tokens);
 }
 }

@@ -53,6 +53,8 @@ def library() -> ctypes.CDLL | None:
             function = getattr(found, name)
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
             function.restype = None
+        found.gated_lora_tokens_f32.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64]
+        found.gated_lora_tokens_f32.restype = None
         return found
     return None
 

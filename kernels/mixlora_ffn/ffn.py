@@ -1,8 +1,7 @@
 """A feed-forward block taken apart, and the experts' factors laid out for the operator."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -113,16 +112,24 @@ class Experts:
     last_a: Tensor | None
     last_bt: Tensor | None
 
-    @cached_property
-    def spread(self) -> int:
-        """Elements of all factors but the stacked first ones."""
-        tensors = [self.last_a, *(spread.bt for spread in self.first.values())]
-        return sum(tensor.numel() for tensor in tensors if tensor is not None)
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the factors; `None` where there are none."""
+        return next((tensor.dtype for tensor in self._tensors()), None)
 
     @property
     def nbytes(self) -> int:
-        tensors = [self.shrink, self.last_a, self.last_bt, *(spread.bt for spread in self.first.values())]
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for tensor in (
+            self.shrink,
+            self.last_a,
+            self.last_bt,
+            *(spread.bt for spread in self.first.values()),
+        ):
+            if tensor is not None:
+                yield tensor
 
     @classmethod
     def prepare(

@@ -13,15 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from loramux.kernels.mixlora_ffn import native
 from loramux.kernels.mixlora_ffn.ffn import Experts, Ffn
 from loramux.kernels.mixlora_ffn.mixed import Mixed
 from loramux.kernels.mixlora_ffn.routing import Routes
 
-#: Up to this many (token, expert) pairs all experts' factors are multiplied at once, and what does not belong
-#: together by zero: at a handful of tokens the number of calls costs more than the products.
-FEW_PAIRS = 64
-#: On a CPU that holds for factors of this many elements at most: larger ones have to be read from memory.
-CACHED = 2**19
 #: Tokens that are in work at a time: large enough for the base's products to run at full speed, small enough
 #: to bound the memory of the activations and to keep them in the processor's cache.
 TOKENS_AT_ONCE = {"cpu": 128}
@@ -58,9 +54,8 @@ def mix(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts, routes:
 
         if triton.takes(ffn, x):
             return triton.mix(x, first, ffn, experts, routes)
-    small = x.device.type != "cpu" or experts.spread <= CACHED
-    if small and (routes.chosen.numel() <= FEW_PAIRS or int(routes.chosen.sum()) <= FEW_PAIRS):
-        return _mix_few(x, first, ffn, experts, routes)
+    if native.takes(x, first, ffn, experts):
+        return native.mix(x, first, ffn, experts, routes)
     return _mix_grouped(x, first, ffn, experts, routes)
 
 
@@ -80,33 +75,6 @@ def finish(x: Tensor, y: Tensor, mixed: Mixed, ffn: Ffn, experts: Experts, route
     if routes.passed is not None:
         total = total + routes.passed[:, None] * x.to(wide)
     return total.to(y.dtype)
-
-
-def _mix_few(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts, routes: Routes) -> Mixed:
-    tokens, serving = routes.chosen.nonzero(as_tuple=True)  # pairs
-    weights = routes.weights[tokens, serving, None]
-    own = torch.zeros(len(tokens), experts.count, 1, dtype=x.dtype, device=x.device)
-    own[torch.arange(len(tokens), device=x.device), serving] = 1
-    low = None if experts.shrink is None else linear(x, experts.shrink)
-    parts = []
-    for name, base in first.items():
-        part = base.index_select(0, tokens)
-        spread = experts.first.get(name)
-        if spread is not None and low is not None:
-            rank = spread.bt.shape[1]
-            pairs = low[tokens, spread.columns].view(-1, experts.count, rank) * own
-            part.addmm_(pairs.flatten(1), spread.bt.flatten(0, 1))
-        parts.append(part)
-    h = ffn.activate(parts)
-    hidden = torch.zeros(x.shape[0], h.shape[1], dtype=weights.dtype, device=x.device)
-    last = None
-    if experts.last_a is not None:
-        count, rank, _ = experts.last_a.shape
-        mine = linear(h, experts.last_a.flatten(0, 1)).view(-1, count, rank) * own * weights[..., None]
-        last = torch.zeros(x.shape[0], count * rank, dtype=weights.dtype, device=x.device)
-        last.index_add_(0, tokens, mine.flatten(1))
-    hidden.index_add_(0, tokens, h * weights)
-    return Mixed(hidden.to(x.dtype), last)
 
 
 def _mix_grouped(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts, routes: Routes) -> Mixed:

@@ -8,14 +8,13 @@ serve; next to the base's projections that is little, as a rank is next to the w
 Importing this module needs Triton.
 """
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import linear, pad
 from triton.runtime import JITFunction
 
 from loramux.kernels.launch import Launch
+from loramux.kernels.mixlora_ffn.activations import activation_code
 from loramux.kernels.mixlora_ffn.ffn import Experts, Ffn, Gated, Halves, Spread
 from loramux.kernels.mixlora_ffn.mixed import Mixed
 from loramux.kernels.mixlora_ffn.routing import Routes
@@ -30,23 +29,12 @@ _MANY = 256
 #: The interpreter would multiply the bits of bfloat16 as integers, so there factors are widened first.
 _WIDEN = not isinstance(mix_kernel, JITFunction)
 
-#: What the kernel calls the activations that it knows, by the names of their classes in torch and
-#: transformers.
-_ACTIVATIONS = {
-    "SiLU": 0,
-    "SiLUActivation": 0,
-    "GELU": 1,
-    "GELUActivation": 1,
-    "GELUTanh": 2,
-    "NewGELUActivation": 2,
-    "ReLU": 3,
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes(ffn: Ffn, x: Tensor) -> bool:
     """Whether the kernel knows the block's activation and computes in the type of x."""
-    return _activation(ffn.activate.activation) is not None and x.dtype in _DTYPES
+    return activation_code(ffn.activate.activation) is not None and x.dtype in _DTYPES
 
 
 def mix(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts, routes: Routes) -> Mixed:
@@ -119,7 +107,7 @@ def mix_launch(
         },
         {
             "GATED": gated,
-            "ACTIVATION": _activation(ffn.activate.activation),
+            "ACTIVATION": activation_code(ffn.activate.activation),
             "GATE_RANK": ranks[0],
             "UP_RANK": ranks[1],
             "LAST_RANK": ranks[2],
@@ -139,9 +127,3 @@ def _rank(spread: Spread | None) -> int:
 def _row_stride(bt: Tensor | None) -> int:
     """From one row of [E, r, out] to the next; the stride of a dimension of size 1 says nothing."""
     return 0 if bt is None else bt.stride(0) // bt.shape[1]
-
-
-def _activation(activation: Any) -> int | None:
-    if isinstance(activation, nn.GELU) and activation.approximate == "tanh":
-        return _ACTIVATIONS["GELUTanh"]
-    return _ACTIVATIONS.get(type(activation).__name__)

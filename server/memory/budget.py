@@ -71,6 +71,7 @@ class Wish:
     kv_tokens: int | None
     step_tokens: int
     running: int
+    later_sparse: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,7 @@ class _Planner:
             kv_tokens=engine.kv_tokens,
             step_tokens=engine.max_batch_tokens,
             running=engine.max_running,
+            later_sparse=self.settings.residency.sparse_bytes,
         )
 
     def unit(self, dtype: torch.dtype) -> int:
@@ -178,10 +180,14 @@ class _Planner:
     def pool(self, wish: Wish) -> int:
         return self.sizes.pool_bytes(wish.dtype, pinned=not self.one_memory)
 
+    def sparse(self, wish: Wish) -> int:
+        """The sparse models of the pool, with room for later ones and for arrow."""
+        return self.sizes.sparse_bytes(wish.dtype) + wish.later_sparse
+
     def remaining(self, wish: Wish) -> int:
         """What base, sparse models, slots and, in one memory, pool and router leave."""
         taken = self.base(wish) + wish.slot_bytes + OVERHEAD[self.target.device.type]
-        taken += self.sizes.sparse_bytes(wish.dtype)
+        taken += self.sparse(wish)
         if self.one_memory:
             taken += self.pool(wish) + self.sizes.router_bytes
         return self.device.free - taken
@@ -218,7 +224,7 @@ class _Planner:
         parts = {
             "base": self.base(wish),
             "pool": self.pool(wish) if self.one_memory else 0,
-            "sparse": self.sizes.sparse_bytes(wish.dtype),
+            "sparse": self.sparse(wish),
             "slots": wish.slot_bytes,
             "kv": kv,
             "step": self.step(wish) + least * self.token(wish) - kv,
@@ -249,6 +255,7 @@ class _Planner:
             "dtype: bfloat16": self._narrowed(wish),
             "engine.max_batch_tokens: 64": replace(wish, step_tokens=min(64, wish.step_tokens)),
             "engine.max_running: 4": replace(wish, running=min(4, wish.running)),
+            "residency.sparse_bytes: 0": replace(wish, later_sparse=0),
         }
         return ways + [way for way, other in others.items() if self.deficit(other) <= 0]
 
@@ -281,7 +288,7 @@ class _Planner:
             host=None if self.one_memory else self.host,
             base=self.base(wish),
             pool=self.pool(wish),
-            sparse=self.sizes.sparse_bytes(wish.dtype),
+            sparse=self.sparse(wish),
             slots=wish.slot_bytes,
             kv=tokens * blueprint.kv_token_bytes(wish.dtype),
             step=self.step(wish) + tokens * gathered,
@@ -291,7 +298,7 @@ class _Planner:
             details={
                 "base": f"{blueprint.parameters / 1e6:,.1f} M parameters, {kind}",
                 "pool": f"{len(self.sizes.experts)} experts in memory of the host",
-                "sparse": f"sparse models: {len(self.sizes.sparse)}",
+                "sparse": f"{len(self.sizes.sparse)} sparse models, {size_text(wish.later_sparse)} for more",
                 "slots": f"{rows} rows of adapters",
                 "kv": f"{tokens} tokens",
                 "step": f"{wish.step_tokens} tokens a step",

@@ -18,7 +18,7 @@ def admin_routes(parts: Parts) -> APIRouter:
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
         asked = parse(LoadAdapterRequest, await read_json(request, limits.max_body_bytes), limits)
-        adapter = await parts.admin.load(asked.lora_name, asked.lora_path)
+        adapter = await parts.admin.load(asked.lora_name, asked.lora_path, asked.options)
         return Response(encode_json(_described(adapter)), media_type="application/json")
 
     @router.post("/v1/unload_lora_adapter")

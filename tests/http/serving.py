@@ -24,6 +24,7 @@ from loramux.adapters.sparse.model import (
     RankMixture,
     SparseModel,
 )
+from loramux.adapters.sparse.options import ReadOptions
 from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.tally import ExpertLoad
 from loramux.server.app import create_app
@@ -86,7 +87,7 @@ class Quiver:
         return (self, top_k, temperature)
 
 
-def read_expert(folder: Path, name: str) -> LoraAdapter | SparseModel:
+def read_expert(folder: Path, name: str, _options: ReadOptions) -> LoraAdapter | SparseModel:
     """Stands for the readers: a folder with a file `ok` is an adapter, one with `sparse` a sparse model."""
     if (folder / "sparse").exists():
         return sparse_model(name)

@@ -68,7 +68,7 @@ class Live:
         found: dict[str, Any] = answer.json()
         return found
 
-    def admin(self, action: str, **body: str) -> httpx.Response:
+    def admin(self, action: str, **body: object) -> httpx.Response:
         return self.http.post(f"/v1/{action}_lora_adapter", json=body, headers=ADMIN)
 
     def sparse_bytes(self) -> int:
@@ -266,6 +266,15 @@ def test_bad_directories_are_refused_by_tensor_and_disturb_nobody(server: Live) 
     assert server.sparse_bytes() == before
 
 
+def test_the_operator_may_decide_about_a_model_that_is_loaded(server: Live) -> None:
+    save_mixlora(random_mixlora(server.shapes, "moved"), server.root / "moved", "/home/somebody/base")
+    asked = {"lora_name": "moved", "lora_path": "moved"}
+    assert "/home/somebody/base" in server.admin("load", **asked).json()["error"]["message"]
+    assert server.admin("load", **asked, any_base=True).status_code == 200
+    assert server.admin("unload", lora_name="moved").status_code == 200
+    assert server.admin("load", **asked, any_base="yes").json()["error"]["param"] == "any_base"
+
+
 def test_the_memory_of_an_unloaded_model_is_freed_without_another_step(server: Live) -> None:
     saved(server, "brief")
     assert server.admin("load", lora_name="brief", lora_path="brief").status_code == 200
@@ -304,6 +313,8 @@ def tensors_of(owner: object) -> list[torch.Tensor]:
 def test_a_plain_lora_still_loads_as_an_expert(server: Live) -> None:
     adapter: LoraAdapter = random_adapter(server.shapes, 4, "poems")
     write_lora(adapter, server.root / "poems", BASE)
+    refused = server.admin("load", lora_name="poems", lora_path="poems", bypass_router=True)
+    assert "bypass_router is for sparse models" in refused.json()["error"]["message"]
     assert server.admin("load", lora_name="poems", lora_path="poems").json()["kind"] == "lora"
     assert server.complete(random_prompt(5), 3, model="poems")["loramux"]["blend"]["method"] == "exact"
     assert server.admin("unload", lora_name="poems").status_code == 200

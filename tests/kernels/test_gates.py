@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from loramux.kernels.gated_lora.gates import (
+    ExpertGate,
     ExpertGated,
     RankGated,
     Ungated,
-    arrow_gate,
-    dense_softmax,
     rank_gate,
-    top_k_softmax,
 )
+from loramux.kernels.gated_lora.native import library
 from loramux.kernels.gated_lora.prototypes import prototypes
 from tests.kernels.batches import draw
 
@@ -69,6 +68,11 @@ def test_a_fresh_router_shrinks_the_delta_to_one_part_in_rank_and_the_gain_undoe
 def test_mixtures_of_experts_equal_their_scripts(method: str, dtype: torch.dtype) -> None:
     tokens, n_in, n_out, k = draw(1, 20), 19, 31, 2
     ranks = [4, 1, 7, 2, 4]
+    made = {
+        "loramoe": ExpertGate(),
+        "mola": ExpertGate(k),
+        "arrow": ExpertGate(k, temperature=0.8, magnitude=True),
+    }
     a = [torch.randn(rank, n_in).to(dtype) for rank in ranks]
     b = [torch.randn(n_out, rank).to(dtype) for rank in ranks]
     scales = [draw(1, 8) / 4 for _ in ranks]
@@ -88,19 +92,57 @@ def test_mixtures_of_experts_equal_their_scripts(method: str, dtype: torch.dtype
             gates = dict(zip(best, softmax([abs(scores[e]) / 0.8 for e in best]), strict=True))
         for e, gate in gates.items():
             wanted[t] += gate * scales[e] * (b[e].double() @ (a[e].double() @ x[t].double()))
-    functions = {
-        "loramoe": dense_softmax,
-        "mola": lambda logits: top_k_softmax(logits, k),
-        "arrow": lambda products: arrow_gate(products, k, 0.8),
-    }
     found = base.clone()
-    ExpertGated(a, b, scales, router, functions[method]).add_(found, x)
+    ExpertGated(a, b, scales, router, made[method]).add_(found, x)
     assert error(found, wanted) < TOLERANCE[dtype]
+
+
+@pytest.mark.skipif(library() is None, reason="the package was installed without a C++ compiler")
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 24, 25, 64])
+@pytest.mark.parametrize(
+    "gate", ["ranks", ExpertGate(), ExpertGate(3, 0.7), ExpertGate(1, 2.0, magnitude=True)], ids=str
+)
+def test_the_native_form_equals_the_plain_one_in_float64(gate: ExpertGate | str, tokens: int) -> None:
+    experts, n_in, n_out = draw(1, 9), draw(1, 300), draw(1, 300)
+    ranks = [draw(1, 20) for _ in range(experts)]
+    x, y = torch.randn(tokens, n_in), torch.randn(tokens, n_out)
+
+    def layer(dtype: torch.dtype) -> ExpertGated | RankGated:
+        if isinstance(gate, ExpertGate):
+            pairs = [part.to(dtype) for part in a], [part.to(dtype) for part in b]
+            return ExpertGated(*pairs, [0.5] * experts, router.to(dtype), gate)
+        return RankGated(a[0].to(dtype), b[0].to(dtype), router.to(dtype), experts, 1.5, 0.8)
+
+    a = [torch.randn(rank, n_in) / n_in**0.5 for rank in ranks]
+    b = [torch.randn(n_out, rank) for rank in ranks]
+    logits = experts if isinstance(gate, ExpertGate) else experts * ranks[0]
+    router = torch.randn(logits, n_in) / n_in**0.5
+    seen: list[Tensor] = []
+    native, plain = layer(torch.float32), layer(torch.float64)
+    assert native._native is not None
+    assert plain._native is None
+    native.watch = plain.watch = seen.append
+    wide = y.double()
+    plain.add_(wide, x.double())
+    native.add_(y, x)
+    assert error(y, wide) < TOLERANCE[torch.float32]
+    torch.testing.assert_close(seen[1].double(), seen[0], rtol=1e-5, atol=1e-6)
+
+
+def test_more_tokens_than_the_native_form_takes_are_computed_otherwise() -> None:
+    a, b, router, x = torch.randn(4, 9), torch.randn(6, 4), torch.randn(8, 9), torch.randn(200, 9)
+    layer = RankGated(a, b, router, 2, 1.0)
+    whole = torch.zeros(200, 6)
+    layer.add_(whole, x)
+    parts = torch.zeros(200, 6)
+    for start in range(0, 200, 40):
+        layer.add_(parts[start : start + 40], x[start : start + 40])
+    torch.testing.assert_close(whole, parts)
 
 
 def test_more_than_all_experts_are_all_experts() -> None:
     logits = torch.randn(4, 3)
-    torch.testing.assert_close(top_k_softmax(logits, 9), dense_softmax(logits))
+    torch.testing.assert_close(ExpertGate(9)(logits), ExpertGate()(logits))
 
 
 def test_a_plain_lora_is_added_with_its_factor() -> None:
@@ -115,7 +157,7 @@ def test_gates_are_float32_beside_bfloat16_factors() -> None:
     a = [torch.randn(2, 8).bfloat16() for _ in range(2)]
     b = [torch.randn(4, 2).bfloat16() for _ in range(2)]
     seen: list[Tensor] = []
-    layer = ExpertGated(a, b, [1.0, 1.0], torch.tensor([[1.0], [1.001]]).expand(2, 8) * 3, dense_softmax)
+    layer = ExpertGated(a, b, [1.0, 1.0], torch.tensor([[1.0], [1.001]]).expand(2, 8) * 3, ExpertGate())
     layer.watch = seen.append
     layer.add_(torch.zeros(1, 4).bfloat16(), torch.ones(1, 8).bfloat16())
     assert seen[0].dtype == torch.float32

@@ -4,20 +4,25 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loramux.kernels.mixlora_ffn import (
     Experts,
+    Ffn,
+    Gated,
+    Halves,
+    Plain,
     Routes,
     mixlora_ffn,
     mixlora_ffn_reference,
+    native,
     probabilities,
     switch,
     top_k,
     top_p,
 )
 from tests.kernels.batches import draw
-from tests.kernels.ffn_blocks import KINDS, RandomBlock, random_block
+from tests.kernels.ffn_blocks import KINDS, RandomBlock, Stack, random_block
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 STRATEGIES = ["top-k", "top-p", "switch", "switch with a capacity"]
@@ -108,16 +113,87 @@ def test_equals_the_formula(kind: str, strategy: str, lengths: list[int], dtype:
     assert error(mixlora_ffn_reference(x, block.ffn, block.stacks, routes), wanted) < TOLERANCE[dtype]
 
 
+@pytest.mark.skipif(native.library() is None, reason="the package was installed without a C++ compiler")
+@pytest.mark.parametrize("tokens", [1, 2, 17, 64])
+@pytest.mark.parametrize("width", [8, 264, 3000])
+@pytest.mark.parametrize(
+    "activation", [nn.SiLU(), nn.GELU(), nn.GELU(approximate="tanh"), nn.ReLU()], ids=str
+)
+def test_the_native_form_equals_the_reference_in_float64(
+    activation: nn.Module, width: int, tokens: int
+) -> None:
+    kind, experts = KINDS[draw(0, 3)], draw(1, 6)
+    ranks = [draw(1, 20) for _ in range(3)]
+    block = random_block(kind, 20, width, experts, dtype=torch.float32, ranks=ranks)
+    how = {"plain": Plain, "halves": Halves}.get(kind, Gated)(activation)
+    x, p = torch.randn(tokens, 20) * 2, probabilities(torch.randn(tokens, experts))
+    routes = [top_k(p, 2), top_p(p, 0.6), switch(p, draw(0, 3), [tokens])][draw(0, 2)]
+    laid_out = Experts.prepare(experts, block.stacks, block.ffn.last[0])
+    ffn = Ffn(block.ffn.first, block.ffn.last, how, block.ffn.bias)
+    first = {name: projection(x) for name, projection in ffn.first.items()}
+    assert native.takes(x, first, ffn, laid_out)
+    found = mixlora_ffn(x, ffn, laid_out, routes)
+    for layer in block.linears.values():
+        layer.double()
+    stacks = {name: Stack(s.a.double(), s.b.double(), s.scale) for name, s in block.stacks.items()}
+    linears = block.linears[block.ffn.last[0]]
+    wide = Ffn(ffn.first, ffn.last, how, linears.bias)
+    wanted = mixlora_ffn_reference(x.double(), wide, stacks, routes)
+    assert error(found, wanted) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.skipif(native.library() is None, reason="the package was installed without a C++ compiler")
+def test_what_a_token_gets_depends_neither_on_the_others_nor_on_the_threads() -> None:
+    """Bit by bit, where the base's own products do not depend on them."""
+    block = random_block("gated", 16, 1000, 4, dtype=torch.float32)
+    laid_out = Experts.prepare(4, block.stacks, "down_proj")
+    x, routes = torch.randn(40, 16), top_k(probabilities(torch.randn(40, 4)), 2)
+    first = {name: projection(x) for name, projection in block.ffn.first.items()}
+    low = native.linear(x, laid_out.shrink)
+
+    def mix(tokens: slice) -> tuple[Tensor, Tensor]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(native, "linear", lambda *_: low[tokens].contiguous())
+            parts = {name: part[tokens] for name, part in first.items()}
+            mixed = native.mix(x[tokens], parts, block.ffn, laid_out, routes[tokens])
+        assert mixed.low is not None
+        return mixed.hidden, mixed.low
+
+    whole = mix(slice(0, 40))
+    usual = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            for start, stop in ((0, 1), (3, 5), (7, 40)):
+                for found, wanted in zip(mix(slice(start, stop)), whole, strict=True):
+                    torch.testing.assert_close(found, wanted[start:stop], rtol=0, atol=0)
+        finally:
+            torch.set_num_threads(usual)
+
+
+def test_one_tokens_infinities_stay_its_own() -> None:
+    block = random_block("gated", 16, 40, 2, dtype=torch.float32)
+    laid_out = Experts.prepare(2, block.stacks, "down_proj")
+    routes = switch(torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.8, 0.2], [0.2, 0.8]]))
+    x = torch.randn(4, 16)
+    alone = mixlora_ffn(x, block.ffn, laid_out, routes)
+    x[1] = math.inf
+    found = mixlora_ffn(x, block.ffn, laid_out, routes)
+    assert not torch.isfinite(found[1]).any()
+    torch.testing.assert_close(found[[0, 2, 3]], alone[[0, 2, 3]])
+
+
 @pytest.mark.parametrize("tokens", [3, 60])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize(
     "leave_out", ["gate_proj", "down_proj", "gate_proj up_proj", "gate_proj up_proj down_proj"]
 )
-def test_a_projection_without_factors_has_no_delta(leave_out: str, tokens: int) -> None:
-    block = random_block("gated", 16, 24, 4, dtype=torch.float64, leave_out=leave_out.split())
-    x, logits = torch.randn(tokens, 16).double(), torch.randn(tokens, 4).double()
-    laid_out = Experts.prepare(4, block.stacks, "down_proj", dtype=torch.float64)
+def test_a_projection_without_factors_has_no_delta(leave_out: str, dtype: torch.dtype, tokens: int) -> None:
+    block = random_block("gated", 16, 24, 4, dtype=dtype, leave_out=leave_out.split())
+    x, logits = torch.randn(tokens, 16, dtype=dtype), torch.randn(tokens, 4, dtype=dtype)
+    laid_out = Experts.prepare(4, block.stacks, "down_proj", dtype=dtype)
     found = mixlora_ffn(x, block.ffn, laid_out, top_k(probabilities(logits), 2))
-    assert error(found, by_hand(block, "top-k", x, logits, [tokens])) < 1e-11
+    assert error(found, by_hand(block, "top-k", x, logits, [tokens])) < TOLERANCE[dtype]
 
 
 def test_long_inputs_are_worked_on_in_pieces_that_change_nothing() -> None:

@@ -12,7 +12,8 @@ import torch
 
 from loramux.adapters.errors import AdapterFormatError, BlendError
 from loramux.adapters.lora import LoraAdapter, LoraPair
-from loramux.adapters.sparse.arrows import ArrowMixture, Arrows
+from loramux.adapters.sparse.allowance import Allowance
+from loramux.adapters.sparse.arrows import ArrowMixture, Arrows, prepared_bytes
 
 
 def on_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -104,6 +105,23 @@ async def test_an_older_set_goes_after_its_last_lease() -> None:
 
 
 @on_a_loop
+async def test_a_set_that_does_not_fit_is_refused_and_an_unused_one_makes_room() -> None:
+    size = prepared_bytes([A])
+    assert size == A.nbytes + 4 * 8
+    allowance = Allowance(2 * size)
+    arrows = Arrows(Counting(), allowance)
+    async with arrows.lease(mixture(A)):
+        with pytest.raises(
+            BlendError, match=rf"arrow over 2 experts takes .* and {size} of {2 * size} are left"
+        ):
+            async with arrows.lease(mixture(B, C)):
+                pass
+        assert allowance.taken == size
+    async with arrows.lease(mixture(B, C)):
+        assert allowance.taken == 2 * size
+
+
+@on_a_loop
 async def test_a_client_that_leaves_undoes_nothing() -> None:
     prepare = Counting(threading.Event())
     arrows = Arrows(prepare)
@@ -126,9 +144,11 @@ async def test_a_set_that_is_refused_can_be_asked_for_again() -> None:
     def refuse(experts: Sequence[LoraAdapter]) -> Quiver:
         raise AdapterFormatError(f"{experts[0].id}: no")
 
-    arrows = Arrows(refuse)
+    allowance = Allowance(10**6)
+    arrows = Arrows(refuse, allowance)
     for _ in range(2):
         with pytest.raises(AdapterFormatError, match="a: no"):
             async with arrows.lease(mixture(A)):
                 pass
     assert arrows.nbytes == 0
+    assert allowance.taken == 0

@@ -14,6 +14,7 @@ import torch
 
 from loramux.adapters.errors import AdapterFormatError, BlendError
 from loramux.adapters.lora import LoraPair
+from loramux.adapters.sparse.allowance import Allowance
 from loramux.adapters.sparse.model import (
     ExpertFactors,
     ExpertMixture,
@@ -126,11 +127,30 @@ async def test_a_model_that_cannot_be_placed_leaves_nothing() -> None:
     def refuse(_: SparseModel) -> Placed:
         raise AdapterFormatError("model.layers.0.mlp: no room")
 
-    shelf = Shelf(refuse)
+    allowance = Allowance(10**6)
+    shelf = Shelf(refuse, (), allowance)
     with pytest.raises(AdapterFormatError, match=r"layers\.0\.mlp"):
         await shelf.add(model("a"))
     assert not shelf.cards
     assert shelf.stats().nbytes == 0
+    assert allowance.taken == 0
+
+
+@on_a_loop
+async def test_what_does_not_fit_is_refused_and_what_goes_makes_room() -> None:
+    one = model("a")
+    allowance = Allowance(2 * one.nbytes)
+    shelf = Shelf(Placed, [one], allowance)
+    await shelf.add(model("b"))
+    with pytest.raises(BlendError, match=rf"'c' takes {one.nbytes} bytes on the device and 0 of .* are left"):
+        await shelf.add(model("c"))
+    assert set(shelf.cards) == {"a", "b"}
+    async with shelf.lease("a"):
+        shelf.remove("a")
+        with pytest.raises(BlendError, match=r"residency\.sparse_bytes"):
+            await shelf.add(model("c"))
+    await shelf.add(model("c"))
+    assert allowance.taken == 2 * one.nbytes
 
 
 @on_a_loop

@@ -18,7 +18,7 @@ from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint, Target
 from loramux.server.memory.budget import OVERHEAD, SHARE, Budget, Sizes, plan_budget, size_text
 from loramux.server.memory.room import Room
-from loramux.server.settings import load_settings
+from loramux.server.settings import Settings, load_settings
 from tests.tiny import random_adapter, tiny_llama
 
 MIB = 2**20
@@ -96,10 +96,12 @@ def test_sparse_models_are_counted_where_the_base_is(bench: Bench, target: Targe
     fuller = Bench(bench.folder, replace(bench.sizes, sparse={"mix": size}))
     weight = size.nbytes(target.dtype)
     assert weight == (16 if target is CPU else 10) * MIB
-    assert fuller.plan(2**34, target, host=2**34).sparse == weight
+    later = Settings().residency.sparse_bytes
+    assert fuller.plan(2**34, target, host=2**34).sparse == weight + later
     assert abs(fuller.least(target) - bench.least(target) - weight) <= MIB
-    assert "sparse models: 1" in fuller.plan(2**34, target, host=2**34).table()
-    assert "sparse" not in bench.plan(2**34, target, host=2**34).table()
+    assert "1 sparse models, 256.0 MiB for more" in fuller.plan(2**34, target, host=2**34).table()
+    nothing = {"sparse_bytes": 0}
+    assert "sparse" not in bench.plan(2**34, target, host=2**34, residency=nothing).table()
 
 
 @pytest.mark.parametrize("target", [CPU, CUDA])
@@ -108,7 +110,7 @@ def test_the_cache_takes_what_is_left_and_no_more(bench: Bench, target: Target) 
     budget = bench.plan(free, target, host=free)
     assert 1024 <= budget.kv_tokens < 32 * 512
     kind = target.device.type
-    taken = budget.base + budget.slots + OVERHEAD[kind]
+    taken = budget.base + budget.sparse + budget.slots + OVERHEAD[kind]
     if kind == "cpu":
         taken += budget.pool + budget.router
     usable = (free - taken) * SHARE[kind]
@@ -193,8 +195,9 @@ def test_beside_a_gpu_the_pool_must_fit_into_the_machine(bench: Bench) -> None:
 def test_the_table_has_every_part_and_what_is_left(bench: Bench) -> None:
     one = bench.plan(8192 * MIB).table().splitlines()
     assert one[0] == "this machine: 8.0 GiB available"
-    assert [line.split()[0] for line in one[1:]] == ["base", "pool", "slots", "kv", "step", "router", "left"]
+    names = ["base", "pool", "sparse", "slots", "kv", "step", "router", "left"]
+    assert [line.split()[0] for line in one[1:]] == names
     two = bench.plan(8192 * MIB, CUDA, host=4096 * MIB).table().splitlines()
     assert [line.split()[0] for line in two] == [
-        "cuda:0:", "base", "slots", "kv", "step", "left", "this", "pool", "router", "left",
+        "cuda:0:", "base", "sparse", "slots", "kv", "step", "left", "this", "pool", "router", "left",
     ]  # fmt: skip

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from loramux.adapters.base_shapes import BaseShapes
-from loramux.adapters.errors import AdapterError
+from loramux.adapters.errors import AdapterError, UnsupportedAdapterError
 from loramux.adapters.peft_format import write_lora
 from loramux.adapters.sparse.model import Kind
+from loramux.adapters.sparse.options import ReadOptions
 from loramux.adapters.sparse.recognise import is_sparse
+from loramux.server.cli.pool import app
 from loramux.server.pool.add_sparse import add_sparse
 from loramux.server.pool.check import check_pool
 from loramux.server.pool.manifest import (
@@ -129,6 +132,28 @@ def test_a_model_is_added(root: Path, tmp_path: Path) -> None:
     for taken in ("other", "tiny", "auto", "Upper"):
         with pytest.raises(PoolError, match=taken):
             add_sparse(pool, tmp_path / "other", id=taken)
+
+
+def test_the_operators_decisions_are_kept_and_followed(root: Path, tmp_path: Path) -> None:
+    """On the command line, in the manifest, and when the model is read and weighed."""
+    lost = tmp_path / "lost"
+    save_mixlora(random_mixlora(shapes(), "lost"), lost, "/home/somebody/base")
+    config = json.loads((lost / "adapter_config.json").read_text())
+    (lost / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    pool = tmp_path / "pool"
+    shutil.copytree(root / "base", pool / "base")
+    write(pool)
+    command = ["add-sparse", str(pool), str(lost), "--id", "lost", "--any-base"]
+    refused = CliRunner().invoke(app, command)
+    assert isinstance(refused.exception, UnsupportedAdapterError)
+    assert "--allow-missing-dora" in str(refused.exception)
+    assert read_pool(pool).manifest.sparse == ()
+    done = CliRunner().invoke(app, [*command, "--allow-missing-dora"])
+    assert done.exit_code == 0, done.output
+    (entry,) = read_pool(pool).manifest.sparse
+    assert entry.options == ReadOptions(any_base=True, allow_missing_dora=True)
+    assert problems(pool) == []
+    assert set(measure_sparse_models(read_pool(pool), shapes())) == {"lost"}
 
 
 def spoil(tensors: dict[str, torch.Tensor], how: str) -> str:
