@@ -1,4 +1,4 @@
-// What lies between a block's projections, for the few tokens of a decode step on a CPU: one call a block.
+// What lies between a block's projections, for a CPU: one call a block and piece of a batch.
 //
 // Called through a plain C interface, so that no header of Python or torch is needed to build it.
 
@@ -21,6 +21,8 @@ struct Mix {
 
 // Columns at a time: rows of factors that several tokens share stay in the cache; a single token reads long rows.
 static const int64_t BLOCK = 256, ALONE = 4 * BLOCK;
+// Of a call.
+static const int64_t MAX_TOKENS = 128;
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
 #include <immintrin.h>

@@ -76,12 +76,7 @@ class SparseEntry:
 
     @property
     def options(self) -> ReadOptions:
-        return ReadOptions(
-            any_base=self.any_base,
-            allow_missing_dora=self.allow_missing_dora,
-            bypass_router=self.bypass_router,
-            replay_capacity=self.replay_capacity,
-        )
+        return ReadOptions.of(self)
 
 
 @with_config(_STRICT)

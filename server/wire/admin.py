@@ -19,12 +19,7 @@ class LoadAdapterRequest(StrictModel):
 
     @property
     def options(self) -> ReadOptions:
-        return ReadOptions(
-            any_base=self.any_base,
-            allow_missing_dora=self.allow_missing_dora,
-            bypass_router=self.bypass_router,
-            replay_capacity=self.replay_capacity,
-        )
+        return ReadOptions.of(self)
 
 
 class UnloadAdapterRequest(StrictModel):
