@@ -13,8 +13,8 @@ from loramux.kernels.mixlora_ffn.ffn import Experts, Ffn, Gated, Halves, Spread
 from loramux.kernels.mixlora_ffn.mixed import Mixed
 from loramux.kernels.mixlora_ffn.routing import Routes
 
-#: For more tokens than this, products of an expert's tokens together are faster.
-MAX_TOKENS = 64
+#: Of a call; larger batches come in pieces of this size anyway.
+MAX_TOKENS = 128
 #: Columns are worked on eight at a time, and summed over in blocks.
 _LANES, _BLOCK = 8, 256
 #: Below this many products a block is not worth waking a second thread for.
