@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
+from typing import NamedTuple
 from weakref import WeakSet
 
 from torch import Tensor, nn
@@ -14,22 +15,35 @@ from loramux.adapters.sparse.slot import SparseSlot
 from loramux.kernels.gated_lora import BARE, Adding, Bound, Form, Plan, Share, TokenSlot, choose_form
 
 
-class AdapterLayers:
-    """Puts a gated layer around every linear module the arena has rows for; one plan drives them all.
+class _Place(NamedTuple):
+    """Where a layer of ours stands for one of the base's while a plan has anything to add."""
 
-    `form` computes what they add; by default the fastest one for the arena's device and dtype.
+    parent: nn.Module
+    name: str
+    base: nn.Module
+    layer: nn.Module
+
+
+class AdapterLayers:
+    """Puts a gated layer in the place of every linear module the arena has rows for; one plan drives them
+    all. A plan without adapters puts the base's own modules back: such a step runs no code of ours.
+
+    `form` computes what the layers add; by default the fastest one for the arena's device and dtype.
     """
 
     def __init__(self, model: nn.Module, arena: Arena, form: Form | None = None) -> None:
         self.current = BARE
         self.arena = arena
         self._model = model
+        self._blocks: dict[str, FeedForwardLayer] = {}
+        self._places: list[_Place] = []
+        self._in_place = False
         self._prepared: WeakSet[TokenSlot] = WeakSet()
-        self._preparing = Lock()
+        self._changing = Lock()
         self.form = form or choose_form(arena.device, next(model.parameters()).dtype, arena.dtype)
         for path in arena.a:
             parent, name, linear = _find(model, path)
-            setattr(parent, name, GatedLinear(linear, path, self))
+            self._places.append(_Place(parent, name, linear, GatedLinear(linear, path, self)))
 
     @property
     def plan(self) -> Plan:
@@ -41,11 +55,21 @@ class AdapterLayers:
         for share in plan.shares:
             if share.slot not in self._prepared:
                 self.prepare(share.slot)
+        adds = bool(plan.segments or plan.shares)
+        if adds is not self._in_place:
+            self._put(adds)
         self.current = plan
 
+    def _put(self, ours: bool) -> None:
+        """Put our layers in place, or the base's own."""
+        with self._changing:
+            for place in self._places:
+                setattr(place.parent, place.name, place.layer if ours else place.base)
+            self._in_place = ours
+
     def prepare(self, slot: TokenSlot) -> None:
-        """Put layers around the feed-forward blocks that a slot changes. A plan does this for its slots;
-        doing it when a model is loaded tells early whether the model fits.
+        """Make layers for the feed-forward blocks that a slot changes. A plan does this for its slots; doing
+        it when a model is loaded tells early whether the model fits.
 
         Raises:
             BaseMismatchError: the base has no such module or block, or the block is of no known form.
@@ -53,13 +77,16 @@ class AdapterLayers:
         if missing := sorted(set(slot.modules) - self.arena.a.keys()):
             raise BaseMismatchError(f"the base model has no adaptable module {missing[0]!r}")
         blocks = slot.blocks if isinstance(slot, SparseSlot) else {}
-        with self._preparing:
-            places = {path: _find(self._model, path) for path in blocks}
-            for path, (_, _, block) in places.items():
+        with self._changing:
+            found = {path: _find(self._model, path) for path in blocks}
+            for path, (_, _, block) in found.items():
                 blocks[path].check(block.base if isinstance(block, FeedForwardLayer) else block, path)
-            for path, (parent, name, block) in places.items():
-                if not isinstance(block, FeedForwardLayer):
-                    setattr(parent, name, FeedForwardLayer(block, path, self))
+            for path in found.keys() - self._blocks.keys():
+                parent, name, block = found[path]
+                layer = self._blocks[path] = FeedForwardLayer(block, path, self)
+                self._places.append(_Place(parent, name, block, layer))
+                if self._in_place:
+                    setattr(parent, name, layer)
             self._prepared.add(slot)
 
     @contextmanager
@@ -82,6 +109,8 @@ class GatedLinear(nn.Module):
         # A plain list hides the owner from nn.Module, which would otherwise not mind, but also the arena's
         # tensors from `parameters()`, `to()` and state dicts: they are not weights of the model.
         self._layers = [layers]
+        # Its code without the call of a module around it, which costs more than all that is done here.
+        self._run = base if _has_hooks(base) else base.forward
         self._a = [layers.arena.a[path]]
         self._b = [layers.arena.b[path]]
         self._bound_plan = BARE
@@ -96,7 +125,7 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Every name that is looked up here is looked up some hundred times a step, with the caches full of
         # weights: this path is kept as short as it can be (docs/log.md).
-        y: Tensor = self.base(x)
+        y: Tensor = self._run(x)
         plan = self._layers[0].current
         if plan is not self._bound_plan:
             self._bind(plan)
@@ -110,6 +139,10 @@ class GatedLinear(nn.Module):
         if plan.shares:
             self._bound = _with_shares(self._bound, plan.shares, self.path)
         self._bound_plan = plan
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _with_shares(bound: Bound | None, shares: Sequence[Share], module: str) -> Bound | None:

@@ -41,7 +41,7 @@ class FeedForwardLayer(nn.Module):
         self.base = base
         self.path = path
         self._owner = [owner]
-        self._own = take_apart(base, path)
+        self._own: Ffn | None = None
         self._bound_plan = BARE
         self._work: tuple[_Work, ...] = ()
         self._pure_rows = -1
@@ -66,6 +66,8 @@ class FeedForwardLayer(nn.Module):
                 joint = take_apart(self.base, self.path, activation=how)
                 alone = take_apart(self.base, self.path, activation=how, bare=True)
                 work.append(_Work(share, placed, joint, alone))
+        # Not before: only now the layers that the plan needs stand in the block.
+        self._own = take_apart(self.base, self.path)
         inside = f"{self.path}."
         self._work = tuple(work)
         adds_inside = any(module.startswith(inside) for one in work for module in one.share.slot.modules)
@@ -86,6 +88,7 @@ class FeedForwardLayer(nn.Module):
         return y
 
     def _mixed(self, x: Tensor) -> Tensor:
+        assert self._own is not None  # made when the plan was bound
         first = {name: projection(x) for name, projection in self._own.first.items()}
         hidden = self._own.activate(list(first.values()))
         begun = []

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from loramux.adapters.arena import Arena
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import BaseMismatchError
-from loramux.adapters.layers import AdapterLayers
+from loramux.adapters.layers import AdapterLayers, GatedLinear
+from loramux.adapters.sparse.ffn_layer import FeedForwardLayer
 from loramux.adapters.sparse.model import FfnRouting, FfnStrategy, RankMixture, SparseModel
 from loramux.adapters.sparse.slot import SparseSlot, place
 from loramux.kernels.gated_lora import GateSlot, Slot, plan_step
@@ -137,7 +138,7 @@ def test_after_a_mixlora_batch_the_bare_base_says_what_it_said_before() -> None:
 @pytest.mark.parametrize("length", [1, 20])
 def test_base_layers_may_be_packed(length: int) -> None:
     served = Served(tiny_base("llama"), packed=True)
-    if not isinstance(served.model.model.layers[0].mlp.up_proj.base, PackedLinear):
+    if not isinstance(served.model.model.layers[0].mlp.up_proj, PackedLinear):
         pytest.skip("torch was built without oneDNN: nothing can be packed")
     sparse = mixlora(served.shapes)
     prompt = ids(3, length)
@@ -145,6 +146,20 @@ def test_base_layers_may_be_packed(length: int) -> None:
     assert error(found[:1], wanted(served.base, sparse, prompt[:1])) < TOLERANCE
     with torch.inference_mode():
         assert error(found[1:2], served.base(input_ids=prompt[1:2]).logits) < TOLERANCE
+
+
+def test_a_step_without_adapters_runs_on_the_bases_own_modules() -> None:
+    served = Served(tiny_base("llama"))
+    own = {path: type(module) for path, module in served.model.named_modules()}
+    prompt = ids(1, 5)
+    bare = served.logits(prompt, [None])
+    slot = place(mixlora(served.shapes))
+    assert {path: type(module) for path, module in served.model.named_modules()} == own
+    with served.layers.running(plan_step([(slot, 5)])):
+        types = {type(module) for module in served.model.modules()}
+        assert {GatedLinear, FeedForwardLayer} <= types
+    assert {path: type(module) for path, module in served.model.named_modules()} == own
+    torch.testing.assert_close(served.logits(prompt, [None]), bare, rtol=0, atol=0)
 
 
 def test_the_experts_may_have_been_trained_with_another_activation_than_the_base_has() -> None:
@@ -261,5 +276,5 @@ def test_a_plan_prepares_what_its_slots_need() -> None:
     served = Served(tiny_base("llama"))
     slot = place(mixlora(served.shapes))
     assert isinstance(slot, SparseSlot)
-    served.logits(ids(1, 2), [slot])
-    assert hasattr(served.model.model.layers[0].mlp, "base")
+    with served.layers.running(plan_step([(slot, 2)])):
+        assert isinstance(served.model.model.layers[0].mlp, FeedForwardLayer)
