@@ -42,6 +42,13 @@ class LinearClassifier:
             raise RouterError(f"{len(texts)} texts, but {len(vectors)} vectors")
         return softmax(vectors.astype(np.float64) @ self.weight.T.astype(np.float64) + self.bias)
 
+    def cooled(self, temperature: float) -> "LinearClassifier":
+        """The same head with its logits divided by `temperature` (> 0), so that it is calibrated."""
+        if not temperature > 0:
+            raise RouterError(f"temperature must be positive, got {temperature}")
+        scale = np.float32(1 / temperature)
+        return LinearClassifier(self.weight * scale, self.bias * scale)
+
 
 class TransformerClassifier:
     """A Hugging Face sequence classifier fine-tuned on cluster labels (the report's "learned routing", §3.2).

@@ -3,6 +3,7 @@
 Source: the intfloat/e5 model cards ("query: " in front of every text for symmetric tasks and features).
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from typing import Self
 import numpy as np
 
 from .backends import Backend, Flags, SentenceTransformerBackend, StaticBackend, Vectors
-from .encoder_files import fingerprint, inspect_encoder, locate
+from .encoder_files import fingerprint, inspect_encoder, locate, read_json
 from .errors import RouterError, RouterFileError
+from .reading import Reading
 
 E5_PREFIX = "query: "
 E5_MAX_TOKENS = 512
@@ -35,7 +37,7 @@ class EncoderSpec:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """Vectors [n, d] float32 with unit rows (zero for a blank text), and which texts were cut [n]."""
+    """Vectors [n, d] float32 with unit rows (zero for a text that cannot be read), and which were cut [n]."""
 
     vectors: Vectors
     truncated: Flags
@@ -44,8 +46,10 @@ class Encoded:
 class Encoder:
     """A loaded embedding model and its `spec`. Safe to call from one thread at a time."""
 
-    def __init__(self, spec: EncoderSpec, backend: Backend) -> None:
+    def __init__(self, spec: EncoderSpec, backend: Backend, reading: Reading | None = None) -> None:
+        """`reading` tells which texts the backend cannot read; None lets all pass."""
         self.spec = spec
+        self._reading = reading
         self._backend = backend
         self._max_chars = spec.max_tokens * _CHARS_PER_TOKEN
 
@@ -55,7 +59,7 @@ class Encoder:
         location: str | Path,
         *,
         id: str | None = None,
-        prefix: str = E5_PREFIX,
+        prefix: str | None = None,
         max_tokens: int = E5_MAX_TOKENS,
         device: str = "cpu",
         cache_dir: Path | None = None,
@@ -63,7 +67,8 @@ class Encoder:
         """Load a directory, or a hub id that is in the local cache (nothing is downloaded, no code is run).
 
         The id is `id` when given, else the hub id, else a fingerprint of the directory's content.
-        `max_tokens` is lowered to the model's own limit. Raises RouterFileError naming what is wrong.
+        `prefix` None takes the model's own (`own_prefix`); `max_tokens` is lowered to the model's own limit.
+        Raises RouterFileError naming what is wrong.
         """
         if max_tokens < 1:
             raise RouterError(f"max_tokens must be at least 1, got {max_tokens}")
@@ -76,13 +81,13 @@ class Encoder:
             backend = SentenceTransformerBackend(files, max_tokens, device)
         spec = EncoderSpec(
             id=id or hub_id or fingerprint(files),
-            prefix=prefix,
+            prefix=own_prefix(root, hub_id) if prefix is None else prefix,
             pooling=files.pooling,
             normalize=True,
             dimension=backend.dimension,
             max_tokens=backend.max_tokens,
         )
-        encoder = cls(spec, backend)
+        encoder = cls(spec, backend, Reading.load(root, files.weights_dir))
         probe = encoder.encode(["probe"]).vectors
         if probe.shape != (1, spec.dimension):
             raise RouterFileError(
@@ -95,12 +100,39 @@ class Encoder:
         if isinstance(texts, str):
             raise RouterError("encode takes a sequence of texts, not one string")
         cut = [len(text) > self._max_chars for text in texts]
-        prefixed = [self.spec.prefix + _clean(text[: self._max_chars]) for text in texts]
-        vectors, truncated = self._backend.embed(prefixed)
-        vectors[[not text.strip() for text in texts]] = 0.0  # else the prefix alone would choose an expert
+        clean = [_clean(text[: self._max_chars]) for text in texts]
+        vectors, truncated = self._backend.embed([self.spec.prefix + text for text in clean])
+        # Else the prefix alone, or a heap of single letters, would choose an expert.
+        vectors[[is_blank(text) or not self._reads(text) for text in clean]] = 0.0
         if not np.isfinite(vectors).all():
             raise RouterError(f"encoder {self.spec.id} gave a vector with NaN or infinity")
         return Encoded(normalize_rows(vectors), truncated | np.array(cut, np.bool_))
+
+    def _reads(self, text: str) -> bool:
+        return self._reading is None or self._reading.reads(text)
+
+
+def own_prefix(root: Path, hub_id: str | None = None) -> str:
+    """What a model wants in front of a query: its own "query" prompt, or E5's prefix for an E5.
+
+    A sentence-transformers model that declares no prompt and is not called E5 gets none: with "query: " in
+    front all-MiniLM-L6-v2 finds every short text close to texts about databases. A folder without that file
+    is taken for an E5.
+    """
+    file = root / "config_sentence_transformers.json"
+    if not file.is_file():
+        return E5_PREFIX
+    config = read_json(file)
+    prompts = config.get("prompts") if isinstance(config, dict) else None
+    if isinstance(prompts, dict) and isinstance(prompts.get("query"), str):
+        return str(prompts["query"])
+    names = (hub_id or root.name).lower().split("/")
+    return E5_PREFIX if any("e5" in re.split(r"[^a-z0-9]+", name) for name in names) else ""
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing to route by: no letter and no digit of any script."""
+    return not any(map(str.isalnum, text))
 
 
 def normalize_rows(vectors: Vectors) -> Vectors:

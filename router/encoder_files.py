@@ -91,6 +91,7 @@ def fingerprint(files: EncoderFiles) -> str:
     chosen += sorted(files.weights_dir.glob("*.safetensors"))
     if files.weights_dir != files.root:
         chosen.append(files.root / "modules.json")
+    chosen.append(files.root / "reading.json")
     for path in chosen:
         if path.is_file():
             digest.update(path.name.encode() + b"\0")

@@ -11,15 +11,19 @@ from .encoder_files import read_json
 from .errors import RouterFileError
 from .state import Calibration
 
-FORMAT, VERSION = "loramux-router", 1
+FORMAT, VERSION = "loramux-router", 2
 T = TypeVar("T")
 _KEYS = ("format", "version", "experts", "encoder", "classifier", "calibration", "hybrid_weight", "centring")
+_KEYS_OF = {1: _KEYS, 2: (*_KEYS, "familiarity")}
 _ENCODER_KEYS = (*(field.name for field in fields(EncoderSpec)), "path")
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The content of `router.json`. `classifier` is its kind or None; paths are relative to the directory."""
+    """The content of `router.json`. `classifier` is its kind or None; paths are relative to the directory.
+
+    `familiarity` is the center and scale of its curve; None in version 1, and where the fit made none.
+    """
 
     experts: tuple[str, ...]
     encoder: EncoderSpec
@@ -29,17 +33,20 @@ class Header:
     calibration: dict[Strategy, Calibration]
     hybrid_weight: float
     centring: bool
+    familiarity: tuple[float, float] | None
 
 
 def read_header(file: Path) -> Header:
     """Parse and check the whole file. Raises RouterFileError."""
-    content = _object(file, "", read_json(file), _KEYS)
+    raw = read_json(file)
+    version = raw.get("version") if isinstance(raw, dict) else None
+    keys = _KEYS_OF.get(version) if isinstance(version, int) and version is not True else None
+    content = _object(file, "", raw, keys or _KEYS_OF[VERSION])
     if content["format"] != FORMAT:
         raise RouterFileError(file, "format", f"expected {FORMAT!r}, got {content['format']!r}")
-    if content["version"] != VERSION:
-        raise RouterFileError(
-            file, "version", f"this release reads version {VERSION}, got {content['version']!r}"
-        )
+    if keys is None:
+        problem = f"this release reads versions {', '.join(map(str, _KEYS_OF))}, got {version!r}"
+        raise RouterFileError(file, "version", problem)
     kind = _classifier_kind(file, content["classifier"])
     return Header(
         experts=_experts(file, content["experts"]),
@@ -50,6 +57,7 @@ def read_header(file: Path) -> Header:
         calibration=_calibration(file, content["calibration"]),
         hybrid_weight=_number(file, "hybrid_weight", content["hybrid_weight"], 0.0, 1.0),
         centring=_expect(file, "centring", content["centring"], bool),
+        familiarity=_curve(file, content.get("familiarity")),
     )
 
 
@@ -97,6 +105,14 @@ def _calibration(file: Path, value: Any) -> dict[Strategy, Calibration]:
             _number(file, f"{field}.threshold", entry["threshold"], -1.0, 1.0),
         )
     return result
+
+
+def _curve(file: Path, value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    entry = _object(file, "familiarity", value, ("center", "scale"))
+    center = _number(file, "familiarity.center", entry["center"], -1e12, 1e12)
+    return center, _number(file, "familiarity.scale", entry["scale"], 1e-12, 1e12)
 
 
 def _object(file: Path, field: str, value: Any, keys: Sequence[str]) -> dict[str, Any]:

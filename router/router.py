@@ -132,13 +132,18 @@ class Router:
         return raw, self._centred.similarities(shifted)
 
     def probabilities(self, texts: Sequence[str], vectors: Vectors) -> Vectors | None:
-        """[n] texts and their unit vectors -> the classifier's rows [n, k], None without a classifier."""
+        """[n] texts and their unit vectors -> probabilities [n, k], None without a classifier.
+
+        The classifier's rows times the familiarity: what is missing to 1 is that no expert fits.
+        """
         if self.classifier is None:
             return None
         rows = self.classifier.probabilities(texts, vectors)
         if rows.shape != (len(texts), len(self.experts)) or not np.isfinite(rows).all():
             raise RouterError(f"the classifier gave shape {rows.shape} or a value that is not finite")
-        return rows
+        if self.state.familiarity is None:
+            return rows
+        return (rows * self.state.familiarity.probability(vectors)[:, None]).astype(np.float32)
 
     def score(self, texts: Sequence[str], encoded: Encoded, *, classify: bool = True) -> ScoreTable:
         """Score [n] embedded texts against all k experts; `classify=False` leaves the classifier out."""
@@ -230,7 +235,7 @@ def hybrid_scores(cosine: Value, probability: Value, weight: float) -> Value:
 
 def _reason(plan: RoutingPlan, best: Candidate, count: int, blank: bool) -> str:
     if blank:
-        return "the text is blank: the base answers alone"
+        return "the text is blank, or nothing that the encoder reads: the base answers alone"
     if not count:
         return (
             f"best {plan.strategy} score {best.score:.3f} ({best.id}) is below the threshold "

@@ -10,6 +10,7 @@ from .classifier import LinearClassifier
 from .decision import STRATEGIES, Strategy
 from .encoder import EncoderSpec
 from .errors import RouterError
+from .familiarity import Familiarity
 
 Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
@@ -38,6 +39,8 @@ class RouterState:
     experts: ids in centroid order. centroids: unit rows [k, d]. corpus_mean: mean of the training texts' unit
     vectors [d], subtracted from both sides when `centring`. classifier: the linear head, or None (no
     classifier, or one kept in its own directory). hybrid_weight: the share of the cosine in the hybrid score.
+    familiarity: what the probabilities are multiplied by, so that they leave room for "none of these"; None
+    (routers of version 1) leaves them as they are.
     Raises RouterError when the parts do not fit together.
     """
 
@@ -50,6 +53,7 @@ class RouterState:
     hybrid_weight: float = 0.5
     centring: bool = False
     samples: Samples | None = None
+    familiarity: Familiarity | None = None
 
     def __post_init__(self) -> None:
         count, dimension = len(self.experts), self.encoder.dimension
@@ -59,6 +63,8 @@ class RouterState:
         _expect("corpus_mean", self.corpus_mean, (dimension,))
         if self.classifier is not None:
             _expect("classifier.weight", self.classifier.weight, (count, dimension))
+        if self.familiarity is not None:
+            _expect("familiarity.means", self.familiarity.means, (count, dimension))
         if self.samples is not None:
             _expect("samples.vectors", self.samples.vectors, (len(self.samples.labels), dimension))
             labels = self.samples.labels

@@ -2,6 +2,7 @@
 
 router.json         strict keys; experts in order, encoder, classifier, calibration
 router.safetensors  centroids [k, d], corpus_mean [d], classifier.weight [k, d], classifier.bias [k],
+                    familiarity.means [k, d], familiarity.precision [d, d],
                     samples.vectors [s, d] float16, samples.labels [s]
 encoder/            the embedder, when the router brings its own
 classifier/         a fine-tuned sequence classifier, when `classifier.kind` is "transformer"
@@ -21,6 +22,7 @@ from .classifier import Classifier, LinearClassifier, TransformerClassifier
 from .decision import STRATEGIES, RoutingOptions
 from .encoder import Encoder, EncoderSpec
 from .errors import RouterError, RouterFileError, RoutingOptionsError
+from .familiarity import Familiarity
 from .header import FORMAT, VERSION, Header, read_header
 from .router import DEFAULTS, Router
 from .state import RouterState, Samples
@@ -54,6 +56,11 @@ def save_router(
         classifier = {"kind": "linear", "path": None}
         tensors["classifier.weight"] = np.ascontiguousarray(state.classifier.weight)
         tensors["classifier.bias"] = np.ascontiguousarray(state.classifier.bias)
+    curve: dict[str, float] | None = None
+    if state.familiarity is not None:
+        curve = {"center": state.familiarity.center, "scale": state.familiarity.scale}
+        tensors["familiarity.means"] = np.ascontiguousarray(state.familiarity.means, np.float32)
+        tensors["familiarity.precision"] = np.ascontiguousarray(state.familiarity.precision, np.float32)
     if state.samples is not None:
         tensors["samples.vectors"] = np.ascontiguousarray(state.samples.vectors, np.float16)
         tensors["samples.labels"] = np.ascontiguousarray(state.samples.labels, np.int32)
@@ -66,6 +73,7 @@ def save_router(
         "calibration": {strategy: asdict(state.calibration[strategy]) for strategy in STRATEGIES},
         "hybrid_weight": state.hybrid_weight,
         "centring": state.centring,
+        "familiarity": curve,
     }
     scratch = folder / (TENSORS_FILE + ".partial")
     save_file(tensors, scratch)
@@ -105,6 +113,7 @@ def _state(folder: Path, header: Header) -> RouterState:
         hybrid_weight=header.hybrid_weight,
         centring=header.centring,
         samples=_samples(tensors_file, tensors, count, dimension),
+        familiarity=_familiarity(tensors_file, tensors, header, dimension),
     )
 
 
@@ -190,6 +199,16 @@ def _samples(file: Path, tensors: dict[str, npt.NDArray[Any]], count: int, dimen
         raise RouterFileError(file, "samples.labels", f"must be from 0 to {count - 1}")
     vectors = _tensor(file, tensors, "samples.vectors", (len(labels), dimension))
     return Samples(vectors, labels.astype(np.int64))
+
+
+def _familiarity(
+    file: Path, tensors: dict[str, npt.NDArray[Any]], header: Header, dimension: int
+) -> Familiarity | None:
+    if header.familiarity is None:
+        return None
+    means = _tensor(file, tensors, "familiarity.means", (len(header.experts), dimension))
+    precision = _tensor(file, tensors, "familiarity.precision", (dimension, dimension))
+    return Familiarity(means, precision, *header.familiarity)
 
 
 def _tensors(file: Path) -> dict[str, npt.NDArray[Any]]:

@@ -28,26 +28,45 @@ class HybridFit:
     nll: float
 
 
-def negative_log_likelihood(scores: Scores, labels: Labels, temperature: float) -> float:
-    """Mean of -log softmax(scores / temperature)[label] over rows [n, k], in nats."""
+def platt_smoothing(rows: int) -> float:
+    """The share of doubt that `rows` held-out rows leave even if all of them were right: 1 / (rows + 2).
+
+    Without it, rows that are separated perfectly end in certainty (Platt 1999, §2.2: targets of
+    (n + 1) / (n + 2)).
+    """
+    return 1.0 / (rows + 2)
+
+
+def negative_log_likelihood(
+    scores: Scores, labels: Labels, temperature: float, smoothing: float = 0.0
+) -> float:
+    """Mean of -log softmax(scores / temperature)[label] over rows [n, k], in nats.
+
+    A share `smoothing` of each row's target lies evenly on the other experts.
+    """
     logits = scores / temperature
     logits = logits - logits.max(axis=1, keepdims=True)
+    total = np.log(np.exp(logits).sum(axis=1))
     chosen = logits[np.arange(len(labels)), labels]
-    return float((np.log(np.exp(logits).sum(axis=1)) - chosen).mean())
+    count = scores.shape[1]
+    if count == 1 or not smoothing:
+        return float((total - chosen).mean())
+    others = (logits.sum(axis=1) - chosen) / (count - 1)
+    return float((total - (1 - smoothing) * chosen - smoothing * others).mean())
 
 
-def fit_temperature(scores: Scores, labels: Labels) -> float:
+def fit_temperature(scores: Scores, labels: Labels, smoothing: float = 0.0) -> float:
     """The temperature in [0.001, 100] with the least held-out NLL, by golden-section search on its logarithm.
 
-    NLL is convex in 1/temperature, so it has one valley on the log scale too.
+    NLL is convex in 1/temperature, so it has one valley on the log scale too, with smoothed targets as well.
     """
     _check(scores, labels)
     ratio = (np.sqrt(5) - 1) / 2
     low, high = _LOG_RANGE
     for _ in range(60):
         left, right = high - ratio * (high - low), low + ratio * (high - low)
-        if negative_log_likelihood(scores, labels, np.exp(left)) <= negative_log_likelihood(
-            scores, labels, np.exp(right)
+        if negative_log_likelihood(scores, labels, np.exp(left), smoothing) <= negative_log_likelihood(
+            scores, labels, np.exp(right), smoothing
         ):
             high = right
         else:
@@ -64,7 +83,43 @@ def fit_threshold(scores: Scores, rejected: float) -> float:
 
 def calibrate(scores: Scores, labels: Labels, rejected: float) -> Calibration:
     """Temperature and threshold of one strategy from held-out scores [n, k] and own experts [n]."""
-    return Calibration(fit_temperature(scores, labels), fit_threshold(scores, rejected))
+    temperature = fit_temperature(scores, labels, platt_smoothing(len(labels)))
+    return Calibration(temperature, fit_threshold(scores, rejected))
+
+
+def fit_curve(own: Scores, foreign: Scores, known_share: float = 0.93) -> tuple[float, float]:
+    """Center and scale of a logistic curve over distance, from held-out texts and from foreign ones.
+
+    Minimises the cross-entropy with the groups weighted by what is expected, `known_share` of own texts, and
+    with Platt's smoothed targets (Newton's method on two numbers, started between the groups). Without
+    foreign texts, as in a pool of one expert, nearly all own texts pass: the center lies two spreads beyond
+    them.
+    """
+    spread = max(float(own.std()), 1e-3 * max(float(np.abs(own).mean()), 1e-3))
+    if not len(foreign):
+        return float(np.quantile(own, 0.99)) + 2 * spread, spread
+    unit = max(float(np.concatenate([own, foreign]).std()), 1e-9)
+    middle = (float(own.mean()) + float(foreign.mean())) / 2
+    x = (np.concatenate([own, foreign]) - middle) / unit
+    doubt_own, doubt_foreign = platt_smoothing(len(own)), platt_smoothing(len(foreign))
+    target = np.repeat([1 - doubt_own, doubt_foreign], [len(own), len(foreign)])
+    share = np.repeat([known_share / len(own), (1 - known_share) / len(foreign)], [len(own), len(foreign)])
+    design = np.stack([x, np.ones_like(x)], axis=1)
+    ridge = np.diag([1e-6, 1e-8])
+    parameters = np.array([-1.0, 0.0])
+    for _ in range(100):
+        guess = 1 / (1 + np.exp(-np.clip(design @ parameters, -50, 50)))
+        slope = design.T @ (share * (guess - target)) + ridge @ parameters
+        curvature = design.T @ (design * (share * guess * (1 - guess))[:, None]) + ridge
+        step = np.linalg.solve(curvature, slope)
+        parameters = parameters - step * min(1.0, 2.0 / max(float(np.abs(step).max()), 1e-12))
+        if np.abs(step).max() < 1e-9:
+            break
+    # A curve that rises with the distance would call foreign texts known: then let all pass.
+    steepness = float(-parameters[0])
+    if steepness < 1e-3:
+        return float(own.max()) + 20 * spread, spread
+    return middle + unit * float(parameters[1]) / steepness, unit / steepness
 
 
 def fit_hybrid_weight(cosines: Scores, probabilities: Scores, labels: Labels) -> HybridFit:

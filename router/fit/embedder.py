@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ..encoder import E5_MAX_TOKENS, E5_PREFIX
 from ..errors import RouterError
+from ..reading import Reading
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -108,7 +109,7 @@ def train_embedder(
     losses = _fit(model, loss_function, columns, keys, options, progress)
     if options.half:
         model.half()
-    _save(model, out)
+    _save(model, Reading.fit(tokenizer, [text for text, _ in usable]), out)
     return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
@@ -181,13 +182,15 @@ def _bag(column: Column, rows: npt.NDArray[np.int64]) -> dict[str, Any]:
     return {"input_ids": torch.from_numpy(np.concatenate(chosen)), "offsets": torch.from_numpy(starts)}
 
 
-def _save(model: Any, out: Path) -> None:
+def _save(model: Any, reading: Reading | None, out: Path) -> None:
     """Write beside `out` first, so that a kill leaves either the old directory or the new one."""
     scratch = out.with_name(out.name + ".partial")
     if scratch.exists():
         shutil.rmtree(scratch)
     scratch.mkdir(parents=True)
     model.save(str(scratch), create_model_card=False)
+    if reading is not None:
+        reading.save(scratch)
     if out.exists():
         shutil.rmtree(out)
     os.replace(scratch, out)

@@ -6,16 +6,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ..classifier import LinearClassifier
+from ..classifier import LinearClassifier, softmax
 from ..decision import Strategy
 from ..encoder import EncoderSpec, normalize_rows
 from ..errors import RouterError
+from ..familiarity import Familiarity, known, squared_distances
 from ..index import CentroidIndex
 from ..router import hybrid_scores
 from ..state import Calibration, RouterState, Samples
-from .calibrate import calibrate, fit_hybrid_weight, fit_temperature
-from .classifier import fit_linear, with_temperature
+from .calibrate import calibrate, fit_curve, fit_hybrid_weight, fit_temperature, platt_smoothing
 from .clusters import centroids as mean_centroids
+from .discriminant import fit_discriminant
 
 Vectors = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -26,18 +27,20 @@ Labels = npt.NDArray[np.int64]
 class RouterFitOptions:
     """How a router is fitted.
 
-    held_out: share of each expert's rows kept for calibration. rejected: share of in-domain held-out texts
-    that may fall below the threshold. hybrid_weight: the cosine's share, None learns it. centring: None
-    decides by the corpus (on when two random texts have a cosine above 0.25, as with E5). samples: vectors
-    kept per expert.
+    folds: parts that the rows are cut into for calibration; each is scored by what the others fit, so that
+    every row is a held-out row. rejected: share of in-domain held-out texts that may fall below the
+    threshold. hybrid_weight: the cosine's share, None learns it. centring: None decides by the corpus (on
+    when two random texts have a cosine above 0.25, as with E5). samples: vectors kept per expert. shrinkage:
+    share of the identity in the covariance of the head and of the familiarity; None takes more
+    for fewer rows.
     """
 
-    held_out: float = 0.1
-    rejected: float = 0.005
+    folds: int = 5
+    rejected: float = 0.03
     hybrid_weight: float | None = 0.5
     centring: bool | None = None
     samples: int = 128
-    l2: float = 1e-5
+    shrinkage: float | None = None
     seed: int = 0
 
 
@@ -56,13 +59,12 @@ def fit_router(
     counts = np.bincount(labels, minlength=len(experts))
     if len(vectors) != len(labels) or len(counts) != len(experts) or counts.min() < 2:
         raise RouterError(f"each of {len(experts)} experts needs at least 2 rows; got {counts.tolist()}")
-    held = _held_out(labels, len(experts), options.held_out, options.seed)
-    means = mean_centroids(vectors[~held], labels[~held], len(experts))
-    mean = vectors[~held].astype(np.float64).mean(axis=0).astype(np.float32)
+    means = mean_centroids(vectors, labels, len(experts))
+    mean = vectors.astype(np.float64).mean(axis=0).astype(np.float32)
     centring = options.centring
     if centring is None:
         centring = bool(mean @ mean > 0.25) and len(experts) > 1
-    return _calibrated(vectors, labels, held, tuple(experts), encoder, means, mean, centring, options)
+    return _calibrated(vectors, labels, tuple(experts), encoder, means, mean, centring, options)
 
 
 def add_expert(
@@ -86,11 +88,9 @@ def add_expert(
     labels = np.concatenate([state.samples.labels, np.full(len(new), count)])
     centroid = mean_centroids(vectors, np.zeros(len(vectors), np.int64), 1)
     means = np.concatenate([state.centroids, centroid])
-    held = _held_out(labels, count + 1, max(options.held_out, 0.2), options.seed)
     experts = (*state.experts, expert)
-    return _calibrated(
-        rows, labels, held, experts, state.encoder, means, state.corpus_mean, state.centring, options
-    )
+    mean, centring = state.corpus_mean, state.centring
+    return _calibrated(rows, labels, experts, state.encoder, means, mean, centring, options)
 
 
 def remove_expert(state: RouterState, expert: str) -> RouterState:
@@ -100,7 +100,9 @@ def remove_expert(state: RouterState, expert: str) -> RouterState:
     if len(state.experts) == 1:
         raise RouterError(f"expert {expert} is the last one; a router needs at least one")
     gone = state.experts.index(expert)
-    classifier, samples = state.classifier, state.samples
+    classifier, samples, familiarity = state.classifier, state.samples, state.familiarity
+    if familiarity is not None:
+        familiarity = replace(familiarity, means=np.delete(familiarity.means, gone, axis=0))
     if classifier is not None:
         weight, bias = np.delete(classifier.weight, gone, axis=0), np.delete(classifier.bias, gone)
         classifier = LinearClassifier(weight, bias)
@@ -114,13 +116,27 @@ def remove_expert(state: RouterState, expert: str) -> RouterState:
         centroids=np.delete(state.centroids, gone, axis=0),
         classifier=classifier,
         samples=samples,
+        familiarity=familiarity,
     )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Held:
+    """Every row as one that nothing was fitted on.
+
+    cosines, logits and squared distances, each [n, k], and the distances again without the row's own expert,
+    to the nearest of the others [n]: those are what a foreign text looks like to this pool.
+    """
+
+    cosines: Scores
+    logits: Scores
+    nearest: Scores
+    foreign: Scores
 
 
 def _calibrated(
     vectors: Vectors,
     labels: Labels,
-    held: npt.NDArray[np.bool_],
     experts: tuple[str, ...],
     encoder: EncoderSpec,
     means: Vectors,
@@ -128,34 +144,63 @@ def _calibrated(
     centring: bool,
     options: RouterFitOptions,
 ) -> RouterState:
-    head = fit_linear(vectors[~held], labels[~held], len(experts), l2=options.l2)
-    rows, own = vectors[held], labels[held]
-    logits = rows.astype(np.float64) @ head.weight.T.astype(np.float64) + head.bias
-    head = with_temperature(head, fit_temperature(logits, own))
-    probabilities = head.probabilities([""] * len(rows), rows).astype(np.float64)
-    cosines = _cosines(rows, means, mean, centring)
+    held = _held(vectors, labels, len(experts), mean, centring, options)
+    temperature = fit_temperature(held.logits, labels, platt_smoothing(len(labels)))
+    shrinkage = _shrinkage(vectors, options)
+    fitted = fit_discriminant(vectors, labels, len(experts), shrinkage)
+    center, scale = fit_curve(held.nearest, held.foreign)
+    probabilities = softmax(held.logits / temperature).astype(np.float64)
+    probabilities *= known(held.nearest, center, scale)[:, None]
     weight = options.hybrid_weight
     if weight is None:
-        weight = fit_hybrid_weight(cosines, probabilities, own).weight
+        weight = fit_hybrid_weight(held.cosines, probabilities, labels).weight
     scores: dict[Strategy, Scores] = {
-        "similarity": cosines,
+        "similarity": held.cosines,
         "classifier": probabilities,
-        "hybrid": hybrid_scores(cosines, probabilities, weight),
+        "hybrid": hybrid_scores(held.cosines, probabilities, weight),
     }
     calibration: dict[Strategy, Calibration] = {
-        strategy: calibrate(table, own, options.rejected) for strategy, table in scores.items()
+        strategy: calibrate(table, labels, options.rejected) for strategy, table in scores.items()
     }
     return RouterState(
         experts=experts,
         encoder=encoder,
         centroids=means,
         corpus_mean=mean,
-        classifier=head,
+        classifier=fitted.head().cooled(temperature),
         calibration=calibration,
         hybrid_weight=weight,
         centring=centring,
         samples=_samples(vectors, labels, len(experts), options),
+        familiarity=Familiarity(fitted.means, fitted.precision, center, scale),
     )
+
+
+def _held(
+    vectors: Vectors, labels: Labels, k: int, mean: Vectors, centring: bool, options: RouterFitOptions
+) -> _Held:
+    fold = _folds(labels, k, options.folds, options.seed)
+    cosines, logits, distances = (np.zeros((len(labels), k)) for _ in range(3))
+    for number in range(int(fold.max()) + 1):
+        out = fold == number
+        rows, own = vectors[~out], labels[~out]
+        fitted = fit_discriminant(rows, own, k, _shrinkage(vectors, options))
+        cosines[out] = _cosines(vectors[out], mean_centroids(rows, own, k), mean, centring)
+        distances[out] = squared_distances(vectors[out], fitted.means, fitted.precision)
+        # Half the distance is the negative log-likelihood up to a term that the experts share.
+        logits[out] = -0.5 * distances[out]
+    others = distances.copy()
+    others[np.arange(len(labels)), labels] = np.inf
+    foreign = others.min(axis=1) if k > 1 else np.zeros(0)
+    return _Held(cosines, logits, distances.min(axis=1), foreign)
+
+
+def _shrinkage(vectors: Vectors, options: RouterFitOptions) -> float:
+    """More for fewer rows a dimension, between 0.1 and 0.6; docs/routing.md has the trial."""
+    if options.shrinkage is not None:
+        return options.shrinkage
+    count, dimension = vectors.shape
+    return float(min(0.6, max(0.1, 10 * dimension / count)))
 
 
 def _cosines(vectors: Vectors, means: Vectors, mean: Vectors, centring: bool) -> Scores:
@@ -164,15 +209,14 @@ def _cosines(vectors: Vectors, means: Vectors, mean: Vectors, centring: bool) ->
     return CentroidIndex(means).similarities(vectors).astype(np.float64)
 
 
-def _held_out(labels: Labels, count: int, share: float, seed: int) -> npt.NDArray[np.bool_]:
-    """A share of every expert's rows, at least one and never all."""
+def _folds(labels: Labels, k: int, folds: int, seed: int) -> Labels:
+    """A fold for every row [n]; each expert's rows are spread over the folds, so that none loses all."""
     generator = np.random.default_rng(seed)
-    held = np.zeros(len(labels), np.bool_)
-    for expert in range(count):
+    result = np.zeros(len(labels), np.int64)
+    for expert in range(k):
         rows = np.flatnonzero(labels == expert)
-        size = min(len(rows) - 1, max(1, round(share * len(rows))))
-        held[generator.choice(rows, size, replace=False)] = True
-    return held
+        result[generator.permutation(rows)] = np.arange(len(rows)) % max(folds, 2)
+    return result
 
 
 def _samples(vectors: Vectors, labels: Labels, count: int, options: RouterFitOptions) -> Samples | None:

@@ -6,10 +6,12 @@ import pytest
 from loramux.router.errors import RouterError
 from loramux.router.fit.calibrate import (
     calibrate,
+    fit_curve,
     fit_hybrid_weight,
     fit_temperature,
     fit_threshold,
     negative_log_likelihood,
+    platt_smoothing,
 )
 
 
@@ -44,6 +46,39 @@ def test_temperatures_stay_in_range_for_perfect_and_useless_scores() -> None:
     useless = np.random.default_rng(3).normal(size=(50, 5))
     wrong = useless.argmin(axis=1)
     assert fit_temperature(useless, wrong) == pytest.approx(1e2, rel=1e-2)
+
+
+def test_smoothed_targets_keep_perfect_scores_from_certainty() -> None:
+    perfect, labels = np.eye(5)[np.arange(50) % 5], np.arange(50) % 5
+    doubt = platt_smoothing(50)
+    assert doubt == pytest.approx(1 / 52)
+    temperature = fit_temperature(perfect, labels, doubt)
+    # softmax(1 / t) of the own expert is then 1 - doubt.
+    own = np.exp(1 / temperature) / (np.exp(1 / temperature) + 4)
+    assert own == pytest.approx(1 - doubt, abs=1e-3)
+
+
+def test_the_curve_is_the_best_logistic_of_a_fine_grid() -> None:
+    generator = np.random.default_rng(8)
+    own, foreign = generator.normal(10, 2, 500), generator.normal(18, 3, 500)
+
+    def loss(center: float, scale: float) -> float:
+        a, b = (own - center) / scale, (foreign - center) / scale
+        doubt = platt_smoothing(500)  # log(1 + exp(a)) is -log of the curve, log(1 + exp(-a)) of the rest
+        known = (1 - doubt) * np.logaddexp(0, a) + doubt * np.logaddexp(0, -a)
+        other = (1 - doubt) * np.logaddexp(0, -b) + doubt * np.logaddexp(0, b)
+        return float(0.8 * known.mean() + 0.2 * other.mean())
+
+    center, scale = fit_curve(own, foreign, known_share=0.8)
+    best = min(loss(c, s) for c in np.linspace(10, 20, 101) for s in np.linspace(0.2, 4, 77))
+    assert loss(center, scale) <= best + 1e-3
+
+
+def test_a_curve_without_foreign_texts_or_without_a_difference_lets_own_texts_through() -> None:
+    own = np.random.default_rng(9).normal(10, 2, 400)
+    for foreign in (np.zeros(0), own - 5, own):
+        center, scale = fit_curve(own, foreign)
+        assert (1 / (1 + np.exp((own - center) / scale)) > 0.5).mean() > 0.95
 
 
 def test_the_threshold_rejects_the_asked_share() -> None:

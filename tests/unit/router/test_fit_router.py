@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from loramux.router.decision import STRATEGIES, RoutingOptions
-from loramux.router.encoder import Encoder, normalize_rows
+from loramux.router.encoder import Encoder, EncoderSpec, normalize_rows
 from loramux.router.errors import RouterError
-from loramux.router.fit.classifier import fit_linear, with_temperature
+from loramux.router.fit.discriminant import fit_discriminant
 from loramux.router.fit.router import RouterFitOptions, add_expert, fit_router, remove_expert
 from loramux.router.router import Router
 from loramux.router.state import RouterState
@@ -61,9 +60,11 @@ def test_typos_case_and_other_languages_still_decide(encoder: Encoder, state: Ro
     found = router.decide(texts, RoutingOptions(threshold=-1.0))
     assert [decision.candidates[0].id for decision in found] == ["harbour", "harbour"]
     for decision in router.decide(
-        ["今天天气怎么样", "Où est l'anchor?", "x", "🚢", "a" * 100_000], RoutingOptions(threshold=-1.0)
+        ["今天天气怎么样", "Où est l'anchor?", "x", "a" * 100_000], RoutingOptions(threshold=-1.0)
     ):
         assert sum(expert.weight for expert in decision.experts) == pytest.approx(1)
+    for decision in router.decide(["🚢", "\u200b", "\u0000", "?! …"], RoutingOptions(threshold=-1.0)):
+        assert decision.fallback
 
 
 def test_few_held_out_texts_fall_below_the_threshold(encoder: Encoder) -> None:
@@ -142,22 +143,76 @@ def test_an_expert_with_one_row_cannot_be_fitted(encoder: Encoder) -> None:
         fit_router(vectors, np.array([0, 0, 1]), EXPERTS[:2], encoder.spec)
 
 
-def test_the_linear_head_reaches_the_optimum() -> None:
+def test_the_head_is_the_discriminant_of_a_shared_covariance() -> None:
     generator = np.random.default_rng(3)
-    vectors = normalize_rows(generator.normal(size=(300, 10)).astype(np.float32))
-    labels = (vectors[:, :3] + generator.normal(size=(300, 3)) * 0.2).argmax(axis=1)
-    head = fit_linear(vectors, labels, 3, l2=1e-3, iterations=200)
-    weight = torch.tensor(head.weight, dtype=torch.float64, requires_grad=True)
-    bias = torch.tensor(head.bias, dtype=torch.float64, requires_grad=True)
-    logits = torch.tensor(vectors, dtype=torch.float64) @ weight.T + bias
-    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels)) + 1e-3 * weight.square().sum()
-    loss.backward()
-    assert weight.grad is not None
-    assert bias.grad is not None
-    assert weight.grad.abs().max() < 1e-5
-    assert bias.grad.abs().max() < 1e-5
-    cooler = with_temperature(head, 2.0).probabilities([""] * 300, vectors).astype(np.float64)
-    sharp = head.probabilities([""] * 300, vectors).astype(np.float64)
+    labels = np.arange(300) % 3
+    vectors = normalize_rows((np.eye(10)[labels] + generator.normal(size=(300, 10))).astype(np.float32))
+    fitted = fit_discriminant(vectors, labels, 3, shrinkage=0.25)
+    means = np.stack([vectors[labels == number].astype(np.float64).mean(axis=0) for number in range(3)])
+    rest = vectors - means[labels]
+    covariance = sum(np.outer(row, row) for row in rest) / 297
+    shrunk = 0.75 * covariance + 0.25 * np.trace(covariance) / 10 * np.eye(10)
+    np.testing.assert_allclose(fitted.precision @ shrunk, np.eye(10), atol=1e-4)
+    densities = np.stack(
+        [[-0.5 * (row - mean) @ np.linalg.solve(shrunk, row - mean) for mean in means] for row in vectors]
+    )
+    expected = np.exp(densities) / np.exp(densities).sum(axis=1, keepdims=True)
+    head = fitted.head()
+    got = head.probabilities([""] * 300, vectors)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    cooler = head.cooled(2.0).probabilities([""] * 300, vectors).astype(np.float64)
+    sharp = got.astype(np.float64)
     np.testing.assert_allclose(cooler, np.sqrt(sharp) / np.sqrt(sharp).sum(axis=1, keepdims=True), atol=1e-5)
     with pytest.raises(RouterError, match="needs rows for each"):
-        fit_linear(vectors, labels, 4)
+        fit_discriminant(vectors, labels, 4, shrinkage=0.5)
+    with pytest.raises(RouterError, match="positive"):
+        head.cooled(0.0)
+
+
+def test_few_rows_that_separate_perfectly_once_ended_in_certainty() -> None:
+    generator = np.random.default_rng(4)
+    labels = np.arange(60) % 3
+    vectors = normalize_rows(
+        (np.eye(32)[labels] * 3 + generator.normal(size=(60, 32)) * 0.2).astype(np.float32)
+    )
+    spec = EncoderSpec("test", "", "mean", True, 32, 64)
+    state = fit_router(vectors, labels, EXPERTS[:3], spec)
+    assert state.classifier is not None
+    probabilities = state.classifier.probabilities([""] * 60, vectors)
+    assert (probabilities.argmax(axis=1) == labels).all()
+    assert 0.9 < probabilities.max() < 1 - 1e-4
+    for calibration in state.calibration.values():
+        assert calibration.temperature > 5e-3
+
+
+def test_what_is_foreign_to_the_pool_falls_back_and_its_own_does_not(encoder: Encoder) -> None:
+    """Every choice of three topics of four: the fourth's texts are foreign."""
+    pairs, labels = topic_pairs(400, seed=1)
+    fresh, topics = topic_pairs(400, seed=77)
+    vectors = encoder.encode([text for text, _ in pairs]).vectors
+    for gone in range(4):
+        keep = labels != gone
+        numbers = labels[keep] - (labels[keep] > gone)
+        names = [name for number, name in enumerate(EXPERTS) if number != gone]
+        router = Router(fit_router(vectors[keep], numbers, names, encoder.spec), encoder)
+        for strategy in ("classifier", "hybrid"):
+            decisions = router.decide([text for text, _ in fresh], RoutingOptions(strategy=strategy))
+            fell = np.array([decision.fallback for decision in decisions])
+            assert fell[topics != gone].mean() < 0.12
+            assert fell[topics == gone].mean() > 0.4
+            best = np.array([decision.candidates[0].score for decision in decisions])
+            own, foreign = best[topics != gone], best[topics == gone]
+            assert (own[:, None] > foreign[None, :]).mean() > 0.85  # the area under the ROC curve
+
+
+def test_probabilities_leave_room_for_none_of_these(encoder: Encoder, state: RouterState) -> None:
+    router = Router(state, encoder)
+    texts = ["anchor mast sailor", "quantum zebra helicopter 4f6e65"]
+    rows = router.probabilities(texts, encoder.encode(texts).vectors)
+    bare = Router(replace(state, familiarity=None), encoder)
+    plain = bare.probabilities(texts, encoder.encode(texts).vectors)
+    assert rows is not None
+    assert plain is not None
+    np.testing.assert_allclose(plain.sum(axis=1), 1, atol=1e-6)
+    assert rows[0].sum() > 0.8
+    assert rows[1].sum() < 0.5

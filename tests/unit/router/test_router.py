@@ -73,7 +73,9 @@ def test_a_blank_text_always_goes_to_the_base() -> None:
     for strategy in STRATEGIES:
         [decision] = report_router().decide([" \n"], RoutingOptions(strategy=strategy, threshold=-1.0))
         assert decision.fallback
-        assert decision.reason == "the text is blank: the base answers alone"
+        assert (
+            decision.reason == "the text is blank, or nothing that the encoder reads: the base answers alone"
+        )
         assert all(math.isfinite(candidate.score) for candidate in decision.candidates)
 
 

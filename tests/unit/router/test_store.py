@@ -58,13 +58,30 @@ def test_what_is_saved_comes_back(folder: Path) -> None:
     assert state.samples is not None
     np.testing.assert_array_equal(again.samples.labels, state.samples.labels)
     np.testing.assert_allclose(again.samples.vectors, state.samples.vectors, atol=1e-3)
+    assert again.familiarity is not None
+    assert state.familiarity is not None
+    np.testing.assert_array_equal(again.familiarity.means, state.familiarity.means)
+    np.testing.assert_array_equal(again.familiarity.precision, state.familiarity.precision)
+    assert again.familiarity.center == state.familiarity.center
+    assert again.familiarity.scale == state.familiarity.scale
+
+
+def test_a_router_of_version_1_has_no_familiarity(folder: Path) -> None:
+    def older(content: dict[str, Any]) -> None:
+        content["version"] = 1
+        del content["familiarity"]
+
+    edit_json(folder / "router.json", older)
+    assert load_state(folder).familiarity is None
 
 
 def test_a_loaded_router_decides_as_the_fitted_one(folder: Path) -> None:
     router = load_router(folder, experts=EXPERTS[::-1], defaults=RoutingOptions(strategy="similarity"))
     for topic, words in TOPICS.items():
         for strategy in STRATEGIES:
-            [decision] = router.decide([" ".join(words[:5])], RoutingOptions(strategy=strategy))
+            [decision] = router.decide(
+                [" ".join(words[:5])], RoutingOptions(strategy=strategy, threshold=-1.0)
+            )
             assert decision.candidates[0].id == topic
 
 
@@ -78,7 +95,8 @@ def drop(key: str) -> Callable[[dict[str, Any]], Any]:
 
 JSON_DAMAGE: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("format", lambda c: c.update(format="other"), "format"),
-    ("version", lambda c: c.update(version=2), "version"),
+    ("scale", lambda c: c["familiarity"].update(scale=0), "familiarity.scale"),
+    ("version", lambda c: c.update(version=3), "version"),
     ("extra", lambda c: c.update(colour="red"), "unknown keys ['colour']"),
     ("missing", drop("centring"), "missing keys ['centring']"),
     ("list", lambda c: [c], "expected an object"),
@@ -204,7 +222,10 @@ def test_a_transformer_classifier_replaces_the_linear_head(folder: Path) -> None
     assert router.classifier is not None
     assert router.classifier.kind == "transformer"
     [decision] = router.decide(["mulch the orchard"])
-    assert sum(c.probability or 0 for c in decision.candidates) == pytest.approx(1)
+    known = router.state.familiarity
+    assert known is not None
+    share = float(known.probability(router.embed(["mulch the orchard"]).vectors)[0])
+    assert sum(c.probability or 0 for c in decision.candidates) == pytest.approx(share)
     [cheap] = router.decide(["mulch the orchard"], RoutingOptions(strategy="similarity"))
     assert all(candidate.probability is None for candidate in cheap.candidates)
     edit_json(folder / "router.json", lambda c: c["experts"].__setitem__(0, "cellar"))
