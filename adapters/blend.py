@@ -13,6 +13,8 @@ from typing import NamedTuple
 from loramux.adapters.errors import BlendError
 
 DEFAULT_GRID = 0.01
+# Fine enough that no weight up to 64 loses more than float32 would lose of it.
+EXACT_GRID = 2.0**-30
 DEFAULT_DENSITY = 0.5
 DEFAULT_MAX_WEIGHT = 64.0
 
@@ -183,7 +185,7 @@ def _weight(steps: int, grid: float) -> float:
 
 
 def _check_grid(grid: float) -> None:
-    if not (math.isfinite(grid) and 1e-6 <= grid <= 1.0):
+    if grid != EXACT_GRID and not (math.isfinite(grid) and 1e-6 <= grid <= 1.0):
         raise BlendError(f"the grid of blend weights must lie in [1e-6, 1], got {grid!r}")
 
 

@@ -45,6 +45,7 @@ _NO_EFFECT = frozenset(
         "megatron_core",
         "qalora_group_size",
         "loftq_config",
+        "ensure_weight_tying",
         "eva_config",
         "corda_config",
         "lora_ga_config",
@@ -68,7 +69,7 @@ _CHANGES_RESULT = {
     "monteclora_config": "MonteCLoRA adds sampled perturbations",
     "velora_config": "VeLoRA keeps extra state beside the factors",
     "megatron_config": "Megatron parallel layers are not served",
-    "ensure_weight_tying": "adapted embeddings are not served",
+    "use_mica": "MiCA puts the factors at the smallest singular directions of the base and keeps one of them",
     "lora_nums": "it is a LoRAMoE checkpoint: several experts with a router, not one LoRA",
     "blc_alpha": "it is a LoRAMoE checkpoint: several experts with a router, not one LoRA",
     "blc_weight": "it is a LoRAMoE checkpoint: several experts with a router, not one LoRA",
@@ -86,7 +87,8 @@ class LoraSettings:
         r, alpha, use_rslora: of modules that no pattern matches.
         rank_patterns, alpha_patterns: (pattern for the whole module path, value), in the order of the file.
         target_modules, exclude_modules: as in the file.
-        selects_layers: whether `layers_to_transform` narrows the targets down.
+        layers: the layer numbers that `layers_to_transform` narrows targets down to; None for all.
+        layers_patterns: what stands before a layer's number in a path; empty for any word.
     """
 
     r: int
@@ -94,9 +96,10 @@ class LoraSettings:
     use_rslora: bool
     rank_patterns: tuple[tuple[re.Pattern[str], int], ...]
     alpha_patterns: tuple[tuple[re.Pattern[str], float], ...]
-    target_modules: tuple[str, ...] | str | None
+    target_modules: tuple[str, ...] | str
     exclude_modules: tuple[str, ...] | str | None
-    selects_layers: bool
+    layers: frozenset[int] | None
+    layers_patterns: tuple[re.Pattern[str], ...]
 
     def rank(self, module: str) -> int:
         """Rank that the config promises for a module path."""
@@ -109,11 +112,25 @@ class LoraSettings:
             math.sqrt(rank) if self.use_rslora else rank
         )
 
-    def targets(self, module: str) -> bool | None:
-        """Whether the config targets a module; None if it cannot be told from the name alone."""
-        if self.selects_layers or self.target_modules in (None, "all-linear"):
-            return None
-        return _named(self.target_modules, module) and not _named(self.exclude_modules, module)
+    def targets(self, module: str) -> bool:
+        """Whether PEFT adapts a linear module of this path (`check_target_module_exists` of 0.21).
+
+        `layers_to_transform` narrows down what a list names by suffix, not whole paths and not regular
+        expressions.
+        """
+        if _named(self.exclude_modules, module):
+            return False
+        if isinstance(self.target_modules, str):
+            return self.target_modules.lower() == "all-linear" or _named(self.target_modules, module)
+        if module in self.target_modules:
+            return True
+        return _named(self.target_modules, module) and self._in_layers(module)
+
+    def _in_layers(self, module: str) -> bool:
+        if self.layers is None:
+            return True
+        found = next((match for one in self.layers_patterns if (match := one.match(module))), None)
+        return found is not None and int(found["layer"]) in self.layers
 
 
 def read_settings(path: Path, *, base_id: str, any_base: bool) -> LoraSettings:
@@ -141,10 +158,42 @@ def read_settings(path: Path, *, base_id: str, any_base: bool) -> LoraSettings:
         use_rslora=rslora,
         rank_patterns=_patterns(fields, path, "rank_pattern", _rank),
         alpha_patterns=_patterns(fields, path, "alpha_pattern", _alpha),
-        target_modules=module_names(fields, path, "target_modules"),
+        target_modules=_targets(fields, path),
         exclude_modules=module_names(fields, path, "exclude_modules"),
-        selects_layers=bool(fields.get("layers_to_transform")) or fields.get("layers_to_transform") == 0,
+        layers=_layers(fields, path),
+        layers_patterns=_layers_patterns(fields, path),
     )
+
+
+def _targets(fields: Mapping[str, object], path: Path) -> tuple[str, ...] | str:
+    names = module_names(fields, path, "target_modules")
+    if names is None:
+        raise AdapterFormatError(
+            f"{path}: target_modules is null: PEFT would choose by the type of the base, and what it saves "
+            "has the names; write the modules that the tensors belong to"
+        )
+    return names
+
+
+def _layers(fields: Mapping[str, object], path: Path) -> frozenset[int] | None:
+    value = fields.get("layers_to_transform")
+    if value is None or value == []:
+        return None
+    numbers = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in numbers):
+        raise AdapterFormatError(f"{path}: layers_to_transform must be layer numbers, got {value!r}")
+    return frozenset(numbers)
+
+
+def _layers_patterns(fields: Mapping[str, object], path: Path) -> tuple[re.Pattern[str], ...]:
+    value = fields.get("layers_pattern")
+    patterns = [value] if isinstance(value, str) and value else value or []
+    if not isinstance(patterns, list) or not all(isinstance(one, str) for one in patterns):
+        raise AdapterFormatError(f"{path}: layers_pattern must be a name or a list of names, got {value!r}")
+    if not patterns:
+        return (re.compile(r".*?\.[^.]*\.(?P<layer>\d+)\."),)
+    frame = r"(?:^|.*?\.){}\.(?P<layer>\d+)\."
+    return tuple(_compile(one, path, "layers_pattern", frame) for one in patterns)
 
 
 def _refuse_unsupported(fields: Mapping[str, object], path: Path) -> None:
@@ -154,8 +203,10 @@ def _refuse_unsupported(fields: Mapping[str, object], path: Path) -> None:
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise UnsupportedAdapterError(f"{path}: peft_type is {kind!r}; only 'LORA' can be an expert")
-    if fields.get("bias", "none") not in ("none", None):
-        raise UnsupportedAdapterError(f"{path}: bias is {fields['bias']!r}; only 'none' is served")
+    # `all` and `lora_only` mean biases of the base, which are saved as tensors where there are any: those are
+    # refused by name. Without them the adapter is a plain LoRA.
+    if fields.get("bias", "none") not in ("none", "all", "lora_only", None):
+        raise AdapterFormatError(f"{path}: bias is {fields['bias']!r}, not none, all or lora_only")
     init = fields.get("init_lora_weights", True)
     if str(init).lower() not in _BASE_KEEPING_INITS:
         raise UnsupportedAdapterError(

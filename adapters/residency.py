@@ -185,9 +185,17 @@ class Residency:
 
         Raises:
             BlendError: the id is taken.
+            BlendTooLarge: it would never fit, however empty the arena is.
         """
         if expert.id in self._experts:
             raise BlendError(f"an expert with the id {expert.id!r} is loaded already; unload it first")
+        if expert.max_rank > self._arena.rows:
+            unit = self._arena.bytes_per_row
+            raise BlendTooLarge(
+                f"expert {expert.id!r} has rank {expert.max_rank} and needs as many rows of adapter memory "
+                f"({expert.max_rank * unit} bytes), there are {self._arena.rows}; start the server with "
+                f"residency.rows at least {expert.max_rank} (and residency.bytes at least as large)"
+            )
         self._experts[expert.id] = expert
 
     def remove_expert(self, expert_id: str) -> None:

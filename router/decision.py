@@ -1,11 +1,12 @@
 """What the router says about one text, and what it may be asked."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 from .errors import RoutingOptionsError
-from .policy import POLICIES, Policy
+from .policy import POLICIES, Policy, blend_weights, entropy
 
 Strategy = Literal["similarity", "classifier", "hybrid"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -47,6 +48,39 @@ class Decision:
     truncated: bool
     margin: float
     entropy: float
+
+    def among(self, served: Mapping[str, str]) -> "Decision":
+        """The decision that a pool of fewer experts takes: `served` has router id -> the id it is served by.
+
+        Threshold and weights apply to what is there. Scores stay as they are: a text of an expert that is gone is
+        no more like the others for it.
+        """
+        if all(served.get(candidate.id) == candidate.id for candidate in self.candidates):
+            return self
+        kept = [one._replace(id=served[one.id]) for one in self.candidates if one.id in served]
+        ordered = [one.score for one in kept]
+        fallback = self.fallback or not kept or ordered[0] < self.threshold
+        # With fewer candidates than before, the number chosen before is as good as the number asked for.
+        weights = [] if fallback else blend_weights(ordered, len(self.experts), self.policy, self.temperature)
+        padded = [*weights, *[0.0] * (len(kept) - len(weights))]
+        candidates = tuple(one._replace(weight=weight) for one, weight in zip(kept, padded, strict=True))
+        reason = self.reason
+        if kept and candidates[0].id != self.candidates[0].id:
+            verdict = (
+                f"below the threshold {self.threshold:.3f}: the base answers alone" if fallback else "chosen"
+            )
+            reason = f"{self.candidates[0].id} is not served; next is {kept[0].id} with {ordered[0]:.3f}, {verdict}"
+        elif not kept:
+            reason = "no expert that the router knows is served: the base answers alone"
+        return replace(
+            self,
+            candidates=candidates,
+            experts=candidates[: len(weights)],
+            fallback=fallback,
+            reason=reason,
+            margin=ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0) if kept else 0.0,
+            entropy=entropy(ordered, self.temperature) if kept else 0.0,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,10 @@ class AdapterAdmin:
                     return await self._shelf.add(found)
             except AdapterError as error:
                 raise RequestError(str(error), param="lora_path", code="adapter_refused") from None
-            self._residency.add_expert(found)
+            try:
+                self._residency.add_expert(found)
+            except AdapterError as error:
+                raise RequestError(str(error), param="lora_path", code="adapter_refused") from None
             return found
 
     async def unload(self, name: str) -> None:

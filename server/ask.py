@@ -27,7 +27,10 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request. All its prompts are routed together, on `routing_text`, and share one blend."""
+    """A request. All its prompts are routed together, on `routing_text`, and share one blend.
+
+    `score_end`: the token that ends a sequence has a score of its own in the answer, as completions have it.
+    """
 
     model: str
     prompts: tuple[Prompt, ...]
@@ -39,6 +42,7 @@ class Ask:
     routing: RoutingFields | None = None
     echo: bool = False
     prompt_logprobs: int | None = None
+    score_end: bool = False
 
     @property
     def prompt_tokens(self) -> int:

@@ -34,7 +34,9 @@ class Catalog:
         max_context: int,
         sparse: Mapping[str, SparseCard] = MappingProxyType({}),
     ) -> None:
+        """`experts` are those that the router was fitted for; whoever comes later must have their content."""
         self.base = base
+        self._routes = {name: expert.content_hash for name, expert in experts.items()}
         self.experts = experts
         self.sparse = sparse
         self._max_context = max_context
@@ -77,6 +79,21 @@ class Catalog:
             raise UnknownModel(name, param=param, known=tuple(sorted(self.experts)))
         return found
 
+    def routable(self) -> dict[str, str]:
+        """Which experts can be routed to now: the router's id -> the id that serves the same content.
+
+        A centroid belongs to content, not to a name: what was loaded under the name of another expert gets
+        none of its traffic, and content that comes back gets its route back.
+        """
+        by_content = {expert.content_hash: name for name, expert in sorted(self.experts.items())}
+        found: dict[str, str] = {}
+        for name, content in self._routes.items():
+            own = self.experts.get(name)
+            served = name if own is not None and own.content_hash == content else by_content.get(content)
+            if served is not None:
+                found[name] = served
+        return found
+
     def names(self) -> list[str]:
         """Every name, in the order of `/v1/models`."""
         return [AUTO, self.base, *sorted(self.experts), *sorted(self.sparse)]
@@ -98,12 +115,16 @@ class Catalog:
             Kind.EXPERT: (model, self.base),
             Kind.SPARSE: (model, self.base),
         }[kind]
-        about = self.sparse[model] if kind is Kind.SPARSE else None
+        about: dict[str, Any] | None = None
+        if kind is Kind.SPARSE:
+            about = {"kind": self.sparse[model].kind, **self.sparse[model].summary}
+        elif kind is Kind.EXPERT and model not in self.routable().values():
+            about = {"routable": False}
         return model_card(
             model,
             self._created,
             root=root,
             parent=parent,
             context=self._max_context,
-            about=None if about is None else {"kind": about.kind, **about.summary},
+            about=about,
         )

@@ -66,7 +66,11 @@ async def _sequence(
                     if stops.matched:
                         return
                 case Finished():
-                    yield Delta(index, stops.feed(detokenizer.finish()) + stops.finish(), finish=event.reason)
+                    # An end token has no text, but whoever sums up log-probabilities needs its entry.
+                    ended = ask.score_end and event.score is not None
+                    last = (ScoredToken(event.score, ""),) if ended and event.score else ()
+                    text = stops.feed(detokenizer.finish()) + stops.finish()
+                    yield Delta(index, text, last, finish=event.reason)
 
 
 def _echoed(vocabulary: Vocabulary, scores: Sequence[TokenScore]) -> tuple[ScoredToken, ...]:

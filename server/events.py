@@ -24,6 +24,7 @@ class Opened:
 
     selection: Selection
     blend: BlendReport
+    prompt_tokens: int = 0
 
     def body(self) -> dict[str, Any]:
         """The `loramux` object of an answer."""

@@ -24,7 +24,7 @@ class Intake:
     async def chat(self, request: ChatRequest) -> Ask:
         """Raises `RequestError` when the model, a token id or the context does not fit."""
         self._check(request)
-        tokens = await self._prompts.chat([(message.role, message.content) for message in request.messages])
+        tokens = await self._prompts.chat([message.turn for message in request.messages])
         asked = request.max_completion_tokens or request.max_tokens
         text = routing_text(request.messages)
         prompt = Prompt(text, tokens, self._prompts.room(len(tokens), asked, "messages"))
@@ -102,6 +102,7 @@ class Intake:
             routing=request.routing,
             echo=echo,
             prompt_logprobs=logprobs if echo else None,
+            score_end=isinstance(request, CompletionRequest) and logprobs is not None,
         )
 
 

@@ -65,7 +65,9 @@ class Pipeline:
     ) -> AsyncGenerator[Event]:
         """Steps 5 and 6 under the lease, with the job's stamps."""
         opened = Opened(
-            selection, BlendReport(lease.key, lease.method, lease.rank, lease.relative_error, lease.cached)
+            selection,
+            BlendReport(lease.key, lease.method, lease.rank, lease.relative_error, lease.cached),
+            ask.prompt_tokens,
         )
         if not lease.cached:
             self._metrics.merged(lease.method, lease.seconds, lease.relative_error)

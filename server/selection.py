@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from loramux.adapters.blend import Blend
+from loramux.adapters.blend import EXACT_GRID, Blend
 from loramux.adapters.sparse.arrows import TEMPERATURE, ArrowMixture
 from loramux.router.decision import Candidate, Decision, RoutingOptions
 from loramux.server.ask import Ask
@@ -118,7 +118,7 @@ class Selector:
         kind = self._catalog.resolve(ask.model)
         if ask.lora is not None:
             chosen = [SelectedExpert(name, scale) for name, scale in ask.lora]
-            return self._counted(Selection(GIVEN, self._on_grid(chosen)))
+            return self._counted(Selection(GIVEN, tuple(one for one in chosen if one.weight != 0)))
         if kind is Kind.BASE:
             return self._counted(Selection(NAMED))
         if kind in (Kind.EXPERT, Kind.SPARSE):
@@ -150,7 +150,9 @@ class Selector:
             (expert.id, self._catalog.expert(expert.id).content_hash, expert.weight)
             for expert in selection.experts
         ]
-        return Blend.of(parts, method=selection.method, grid=self._step)
+        # Routed weights share blends by a coarse grid; a client's own mixture is served as it is written.
+        grid = EXACT_GRID if selection.strategy == GIVEN else self._step
+        return Blend.of(parts, method=selection.method, grid=grid)
 
     async def explain(self, text: str, asked: RoutingFields | None) -> dict[str, Any]:
         """The whole decision about a text, for `/v1/route`.
@@ -165,16 +167,20 @@ class Selector:
                 param="routing.strategy",
                 code="invalid_value",
             )
-        return explained(await self._router.decide(text, _options(asked)))
+        return explained(await self._decide(text, asked))
+
+    async def _decide(self, text: str, asked: RoutingFields | None) -> Decision:
+        """Over the experts that can be routed to now."""
+        decision = await self._router.decide(text, _options(asked))
+        return decision.among(self._catalog.routable())
 
     async def _route(self, ask: Ask) -> Selection:
-        decision = await self._router.decide(ask.routing_text, _options(ask.routing))
-        served = [_selected(expert) for expert in decision.experts if expert.id in self._catalog.experts]
+        decision = await self._decide(ask.routing_text, ask.routing)
         asked = None if ask.routing is None else ask.routing.merge
         selection = Selection(
             decision.strategy,
-            self._on_grid(_rescaled(served, sum(expert.weight for expert in decision.experts))),
-            fallback=decision.fallback or not served,
+            self._on_grid([_selected(expert) for expert in decision.experts]),
+            fallback=decision.fallback,
             truncated=decision.truncated,
             method=asked or self._defaults.merge,
         )
@@ -268,11 +274,3 @@ def _scored(expert: Candidate | SelectedExpert) -> dict[str, Any]:
 
 def _selected(expert: Candidate) -> SelectedExpert:
     return SelectedExpert(expert.id, expert.weight, expert.similarity, expert.probability, expert.score)
-
-
-def _rescaled(experts: list[SelectedExpert], total: float) -> list[SelectedExpert]:
-    """The same mixture when some of its experts were unloaded: what is left shares the whole weight."""
-    left = sum(expert.weight for expert in experts)
-    if not left or left == total:
-        return experts
-    return [replace(expert, weight=expert.weight * total / left) for expert in experts]

@@ -75,6 +75,13 @@ class ResidencySettings(_Section):
     bytes: int = Field(
         default=2**30, ge=0, description="Bytes of adapter rows on the device: experts and inexact merges."
     )
+    rows: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 20,
+        description="Least number of adapter rows, whatever the pool needs: the largest rank that can be "
+        "loaded later.",
+    )
     preload: bool = Field(
         default=True,
         description="Copy the experts into their rows at the start, so that no request waits for it.",

@@ -147,9 +147,9 @@ class WordRouter:
         chosen = tuple(expert for expert in candidates if expert.weight)[: options.top_m]
         return Decision(
             strategy=options.strategy or "hybrid",
-            policy=options.policy or "softmax",
+            policy=options.policy or "proportional",
             temperature=options.temperature or 1.0,
-            threshold=options.threshold or 0.0,
+            threshold=options.threshold or 0.5,
             candidates=candidates,
             experts=chosen,
             fallback=not chosen,

@@ -50,7 +50,8 @@ class AdaptedModules:
             alpha_patterns=(),
             target_modules=fields.targets(),
             exclude_modules=None,
-            selects_layers=False,
+            layers=None,
+            layers_patterns=(),
         )
         open_ended = settings.target_modules == "all-linear"
         found = {match["module"] for key in keys if (match := _KEY.fullmatch(key))}

@@ -82,6 +82,9 @@ def run(settings: Settings) -> None:
             create_app(parts), log_level="warning", access_log=False, lifespan="on", server_header=False
         )
         asyncio.run(_Server(config, parts, _url(settings.host, listener)).serve(sockets=[listener]))
+        # A supervisor starts a process again when it fails, not when it ends well.
+        if (reason := parts.engine.stats().dead) is not None:
+            raise StartError(f"stopped, because {reason}")
 
 
 class _Server(uvicorn.Server):
@@ -104,6 +107,11 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             print(ready_line(self._url, needs_key=bool(self._parts.api_keys)), flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        """uvicorn asks ten times a second whether to go on: a dead engine answers nobody any more."""
+        stop = await super().on_tick(counter)
+        return stop or self._parts.engine.stats().dead is not None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal came, on the main thread."""

@@ -52,6 +52,13 @@ class SaltedCache(PagedAttentionCache):  # type: ignore[misc]
         self._salts: OrderedDict[tuple[str, int], int] = OrderedDict()
         self._next_salt = int(self.config.vocab_size)
 
+    def _check_footprint(self, max_batch_tokens: int, num_sectors: int) -> tuple[int, int]:
+        # The stock check estimates anew what `server/memory` has shared out before anything was loaded, with
+        # another idea of what is free, and ends the stepping thread where the two differ. One budget decides.
+        if max_batch_tokens <= 0 or num_sectors <= 0:
+            raise ValueError(f"no room for a cache: {max_batch_tokens} tokens a step, {num_sectors} sectors")
+        return max_batch_tokens, num_sectors
+
     def search_prefix_match(self, request_id: str, prompt_ids: list[int]) -> int:
         if not self._hooks.may_share(request_id):
             return 0

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from loramux.server.engine.protocol import (
     EngineStats,
     Event,
     Finished,
+    Sampling,
     TokenScore,
     Work,
 )
@@ -61,6 +62,7 @@ class LocalEngine:
         self._sequences: dict[str, Running] = {}
         self._stats = EngineStats()
         self._closed: str | None = "the engine has not been started"
+        self._dead: str | None = None
         self._step_started = 0.0
         self._chosen: list[tuple[Running, TokenScore]] = []
         self._outbox: list[tuple[Running, Event | EngineError]] = []
@@ -86,8 +88,22 @@ class LocalEngine:
         return min(positions, self._limits.kv_tokens - self._limits.page_size)
 
     async def start(self) -> None:
+        """Begin stepping, with one step to show that the model takes what it is given.
+
+        Raises:
+            EngineError: that step failed; nothing is running.
+        """
         self._closed = None
         self._batching.start()
+        probe = Work("probe", (0,), Sampling(max_tokens=1, temperature=0.0))
+        try:
+            async with aclosing(self.run(probe)) as events:
+                async for _ in events:
+                    pass
+        except EngineError as error:
+            await self.stop(0)
+            raise type(error)(f"the engine's first step failed: {error}") from error
+        self._stats = EngineStats()
 
     async def stop(self, timeout: float) -> None:
         if self._closed is None:
@@ -118,7 +134,9 @@ class LocalEngine:
     def stats(self) -> EngineStats:
         running = sum(seq.started for seq in list(self._sequences.values()))
         waiting = len(self._sequences) - running
-        return replace(self._stats, running=running, waiting=waiting, kv_usage=self._batching.kv_usage)
+        return replace(
+            self._stats, running=running, waiting=waiting, kv_usage=self._batching.kv_usage, dead=self._dead
+        )
 
     def _admit(self, work: Work) -> None:
         if self._closed is not None:
@@ -258,7 +276,7 @@ class LocalEngine:
         """The stepping thread has ended: nobody may wait for it any more."""
         reason = f"the engine died: {error}" if error is not None else "the engine has stopped"
         if error is not None or self._closed is None:
-            self._closed = reason
+            self._closed = self._dead = reason
         for seq in list(self._sequences.values()):
             if not seq.finished:
                 seq.finished = True

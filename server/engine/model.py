@@ -112,8 +112,25 @@ def load_base(
         raise BaseModelError(
             f"base model {path}: the checkpoint lacks {len(missing)} tensors, first {missing[0]}"
         )
+    if getattr(model, "is_loaded_in_4bit", False):
+        keep_four_bit_layout(model)
     model.requires_grad_(False)
     return model.eval()
+
+
+def keep_four_bit_layout(model: torch.nn.Module) -> int:
+    """Keep bitsandbytes from repacking 4-bit weights at their first use on a CPU; how many layers there are.
+
+    On processors with AVX-512 BF16 bitsandbytes 0.50 lays the weights out anew for a kernel that takes only
+    outputs in multiples of 32 and inputs of at least 64, computes in bfloat16 whatever was asked for, and has
+    no backward pass. The layout as it was quantised is dequantised exactly, in every shape, on every one.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    return len(layers)
 
 
 def _first_line(error: Exception) -> str:

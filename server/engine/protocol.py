@@ -82,10 +82,11 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Always the last event. `stop_token` is the token that ended the sequence, if one did."""
+    """Always the last event. `stop_token` is the token that ended the sequence, if one did, and its score."""
 
     reason: FinishReason
     stop_token: int | None = None
+    score: TokenScore | None = field(default=None, compare=False)
 
 
 Event = Started | PromptScored | Token | Finished
@@ -93,7 +94,7 @@ Event = Started | PromptScored | Token | Finished
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for `/metrics`; counters only grow."""
+    """A snapshot for `/metrics`; counters only grow. `dead` says why the engine will never step again."""
 
     running: int = 0
     waiting: int = 0
@@ -103,6 +104,7 @@ class EngineStats:
     decode_tokens: int = 0
     prefix_hit_tokens: int = 0
     step_seconds: float = 0.0
+    dead: str | None = None
 
 
 class EngineError(RuntimeError):

@@ -65,7 +65,7 @@ class Running:
             return [*events, Finished("length")]
         if score.id in self.stop_ids:
             self.finished = True
-            return [*events, Finished("stop", score.id)]
+            return [*events, Finished("stop", score.id, score)]
         self.generated += 1
         self.sampler.accept(score.id)
         events.append(Token(score))

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from loramux.server.engine.protocol import Sampling, TokenScore
 
+# Below this a temperature is the limit towards 0: in float32 it would underflow, or its quotients overflow.
+LEAST_TEMPERATURE = 1e-5
+
 
 class Sampler:
     """The sampling state of one sequence.
@@ -28,7 +31,11 @@ class Sampler:
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the argmax of the logits and nothing more is asked."""
         s = self.sampling
-        return s.temperature == 0 and s.logprobs is None and not self._changes_logits
+        return self._greedy and s.logprobs is None and not self._changes_logits
+
+    @property
+    def _greedy(self) -> bool:
+        return self.sampling.temperature < LEAST_TEMPERATURE
 
     @property
     def _changes_logits(self) -> bool:
@@ -38,7 +45,7 @@ class Sampler:
     def sample(self, logits: Tensor) -> TokenScore:
         """Choose the next token from float32 `logits` of shape [vocabulary], which stay as they are."""
         scores = self._adjusted(logits) if self._changes_logits else logits
-        if self.sampling.temperature == 0:
+        if self._greedy:
             token = int(scores.argmax())
         else:
             token = self._draw(next_token_distribution(scores, self.sampling))
@@ -72,6 +79,8 @@ class Sampler:
 
     def _draw(self, distribution: Tensor) -> int:
         cumulative = distribution.cumsum(dim=-1)
+        if not torch.isfinite(cumulative[-1]):
+            raise FloatingPointError("the distribution of the next token is not finite")
         uniform = torch.rand((), generator=self._random, dtype=torch.float64).to(cumulative.device)
         token = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
         return min(token, cumulative.numel() - 1)

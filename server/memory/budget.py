@@ -159,7 +159,11 @@ class _Planner:
                 f"all of them {sum(ranks) * unit}"
             )
         # Room for every expert, as much again for merges, and for experts loaded later.
-        rows = min(allowed // unit, 2 * sum(ranks) + 16 * largest)
+        rows = max(min(allowed // unit, 2 * sum(ranks) + 16 * largest), self.settings.residency.rows)
+        if rows * unit > allowed:
+            raise StartError(
+                f"residency.rows is {rows}, which needs {rows * unit} bytes; residency.bytes is {allowed}"
+            )
         engine = self.settings.engine
         return Wish(
             dtype=self.target.dtype,

@@ -15,12 +15,16 @@ Events = AsyncGenerator[Event]
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """Identity of an answer; `usage` says whether chunks carry the field at all."""
+    """Identity of an answer.
+
+    `usage` says whether chunks carry the field at all, `continuous_usage` whether each has the counts so far.
+    """
 
     kind: str
     model: str
     fingerprint: str
     usage: bool = False
+    continuous_usage: bool = False
     prefix: str = "cmpl"
     created: int = field(default_factory=lambda: int(time.time()))
     serial: str = field(default_factory=lambda: uuid.uuid4().hex)

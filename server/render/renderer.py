@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from loramux.server.events import Closed, Delta, Opened, ScoredToken
@@ -32,14 +32,21 @@ class Renderer(ABC):
     async def chunks(self, events: Events) -> AsyncGenerator[Body]:
         """One body an event; the first has the `loramux` object and no text."""
         first: dict[str, str] = {}
+        so_far = Closed(0, 0, 0)
         async with aclosing(events) as items:
             async for event in items:
+                if isinstance(event, Delta) and not event.echo:
+                    so_far = replace(so_far, completion_tokens=so_far.completion_tokens + len(event.tokens))
+                counts = {"usage": usage(so_far)} if self.envelope.continuous_usage else {}
                 match event:
                     case Opened():
                         first = headers(event)
-                        yield self.envelope.chunk([self.next_choice(Delta(0))], loramux=event.body()), first
+                        so_far = replace(so_far, prompt_tokens=event.prompt_tokens)
+                        counts = {"usage": usage(so_far)} if counts else {}
+                        opening = [self.next_choice(Delta(0))]
+                        yield self.envelope.chunk(opening, loramux=event.body(), **counts), first
                     case Delta() if event.text or event.finish or (event.tokens and self.logprobs):
-                        yield self.envelope.chunk([self.next_choice(event)]), first
+                        yield self.envelope.chunk([self.next_choice(event)], **counts), first
                     case Closed() if self.envelope.usage:
                         yield self.envelope.chunk([], usage=usage(event)), first
 

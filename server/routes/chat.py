@@ -26,6 +26,7 @@ def chat_routes(parts: Parts) -> APIRouter:
             model=asked.model,
             fingerprint=parts.fingerprint,
             usage=asked.stream_options is not None and asked.stream_options.include_usage,
+            continuous_usage=asked.stream_options is not None and asked.stream_options.continuous_usage,
         )
         renderer = ChatRenderer(envelope, parts.vocabulary, logprobs=asked.logprobs)
         events = parts.pipeline.run(ask)

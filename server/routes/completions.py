@@ -25,6 +25,7 @@ def completion_routes(parts: Parts) -> APIRouter:
             model=asked.model,
             fingerprint=parts.fingerprint,
             usage=asked.stream_options is not None and asked.stream_options.include_usage,
+            continuous_usage=asked.stream_options is not None and asked.stream_options.continuous_usage,
         )
         renderer = CompletionRenderer(envelope, parts.vocabulary, logprobs=asked.logprobs is not None)
         events = parts.pipeline.run(ask)

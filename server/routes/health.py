@@ -1,4 +1,4 @@
-"""`GET /health`: the process lives. `GET /ready`: it takes work."""
+"""`GET /health`: the process lives, and its engine. `GET /ready`: it takes work."""
 
 from fastapi import APIRouter, Response
 
@@ -12,12 +12,19 @@ def health_routes(parts: Parts) -> APIRouter:
     """The routes."""
     router = APIRouter()
 
+    def refuse_dead() -> None:
+        reason = parts.engine.stats().dead
+        if reason is not None:
+            raise NotReady(reason)
+
     @router.get("/health")
     async def health() -> Response:
+        refuse_dead()
         return Response(encode_json({"status": "ok"}), media_type="application/json")
 
     @router.get("/ready")
     async def ready() -> Response:
+        refuse_dead()
         if parts.lifecycle.phase is not Phase.READY:
             raise NotReady(f"the server is {parts.lifecycle.phase}")
         return Response(encode_json({"status": "ready"}), media_type="application/json")

@@ -18,7 +18,7 @@ def token_routes(parts: Parts) -> APIRouter:
         asked = parse(TokenizeRequest, await read_json(request, limits.max_body_bytes), limits)
         _known(parts, asked.model)
         if asked.messages is not None:
-            chat = [(message.role, message.content) for message in asked.messages]
+            chat = [message.turn for message in asked.messages]
             ids = await parts.prompts.chat(chat, add_generation_prompt=asked.add_generation_prompt)
         else:
             ids = await parts.prompts.text(asked.prompt or "", add_special_tokens=asked.add_special_tokens)

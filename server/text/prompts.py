@@ -14,6 +14,8 @@ from loramux.server.text.vocabulary import Vocabulary
 INLINE_CHARACTERS = 16_384
 
 Result = TypeVar("Result")
+#: (role, content), or (role, content, name).
+Turn = tuple[str, str] | tuple[str, str, str]
 
 
 class ChatTokenizer(Protocol):
@@ -60,10 +62,8 @@ class Prompts:
 
         return await self._run(encode, len(text))
 
-    async def chat(
-        self, messages: Sequence[tuple[str, str]], *, add_generation_prompt: bool = True
-    ) -> tuple[int, ...]:
-        """Token ids of a chat, `(role, content)` a message, through the base's template.
+    async def chat(self, messages: Sequence[Turn], *, add_generation_prompt: bool = True) -> tuple[int, ...]:
+        """Token ids of a chat through the base's template, which sees a name where a turn has one.
 
         Control tokens that a client writes into a message are tokenized as ordinary text: only the template
         can open or end a turn.
@@ -75,10 +75,11 @@ class Prompts:
             raise RequestError("the base has no chat template; use /v1/completions", code="no_chat_template")
         conversation = [
             {"role": "system" if role == "developer" else role, "content": content}
-            for role, content in messages
+            | ({"name": name[0]} if name else {})
+            for role, content, *name in messages
         ]
-        length = sum(len(content) for _, content in messages)
-        self._refuse_hopeless("".join(content for _, content in messages), "messages")
+        length = sum(len(turn["content"]) for turn in conversation)
+        self._refuse_hopeless("".join(turn["content"] for turn in conversation), "messages")
 
         def render(tokenizer: ChatTokenizer) -> tuple[int, ...]:
             ids = tokenizer.apply_chat_template(
@@ -93,6 +94,10 @@ class Prompts:
             return await self._run(render, length)
         except jinja2.TemplateError as error:
             raise RequestError(f"the chat template refused the messages: {error}", param="messages") from None
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            # A template is a small program, which may raise any of Python's errors about these messages.
+            problem = f"the chat template cannot render the messages: {type(error).__name__}: {error}"
+            raise RequestError(problem, param="messages", code="template_error") from None
 
     async def detokenize(self, tokens: Sequence[int]) -> str:
         """Token ids back to text, special tokens by name.
@@ -130,8 +135,8 @@ class Prompts:
             return left if default is None else min(left, default)
         if asked > left:
             raise RequestError(
-                f"{prompt} prompt tokens and max_tokens {asked} are {prompt + asked} together; "
-                f"the context holds {self.max_context}",
+                f"{self._overflow()} {prompt} prompt tokens and max_tokens {asked} are {prompt + asked} "
+                f"together; the context holds {self.max_context}",
                 param="max_tokens",
                 code="context_length_exceeded",
             )
@@ -153,9 +158,14 @@ class Prompts:
         if least > self.max_context:
             raise self._too_long(least, param, "at least ")
 
+    def _overflow(self) -> str:
+        """The words that client libraries look for to tell this error from others."""
+        return f"This model's maximum context length is {self.max_context} tokens."
+
     def _too_long(self, tokens: int, param: str, about: str = "") -> RequestError:
         return RequestError(
-            f"{param} has {about}{tokens} tokens; the context holds {self.max_context}, answer included",
+            f"{self._overflow()} The prompt is too long: {param} has {about}{tokens} tokens; "
+            f"the context holds {self.max_context}, answer included",
             param=param,
             code="context_length_exceeded",
         )

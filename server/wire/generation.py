@@ -19,9 +19,16 @@ ARROW = "arrow"
 
 
 class StreamOptions(StrictModel):
-    """`stream_options`."""
+    """`stream_options`. `continuous_usage_stats` is vLLM's and goes with `include_usage`: the counts so far
+    in every chunk. Nothing is obfuscated here, so asking for it makes no difference."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    include_obfuscation: bool = False
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.include_usage and self.continuous_usage_stats
 
 
 class LoraScale(StrictModel):
@@ -40,7 +47,7 @@ class RoutingFields(StrictModel):
     strategy: Literal["similarity", "classifier", "hybrid", "arrow"] | None = None
     top_m: int | None = Field(None, ge=1)
     policy: Literal["proportional", "softmax", "hydra_minmax"] | None = None
-    temperature: float | None = Field(None, gt=0, le=1000)
+    temperature: float | None = Field(None, ge=1e-4, le=1000)
     threshold: float | None = Field(None, ge=-1000, le=1000)
     merge: str | None = Field(None, min_length=1, max_length=32)
 

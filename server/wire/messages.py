@@ -4,18 +4,44 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from loramux.server.text.prompts import Turn
 from loramux.server.wire.strict import StrictModel, field_error, limits_of, no_longer_than
+
+# What an answer of this or another server carries beside role and content, and says nothing to a model.
+_LABELS = frozenset({"annotations", "refusal", "audio", "function_call", "tool_calls", "reasoning_content"})
 
 
 class Message(StrictModel):
-    """One turn; parts are joined into one text."""
+    """One turn; parts are joined into one text.
+
+    An answer put back as it came is taken: what is null or empty in it is left out, and an assistant that
+    said nothing has the empty text.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str
+    name: str | None = Field(None, min_length=1, max_length=256)
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
-        {"name", "tool_calls", "tool_call_id", "audio", "refusal"}
-    )
+    UNSUPPORTED: ClassVar[frozenset[str]] = _LABELS | {"tool_call_id"}
+
+    @property
+    def turn(self) -> Turn:
+        """As the chat template takes it."""
+        return (self.role, self.content) if self.name is None else (self.role, self.content, self.name)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _replayed(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        kept = {
+            key: item
+            for key, item in value.items()
+            if not (key in _LABELS and item in (None, [])) and not (key not in _KNOWN and item is None)
+        }
+        if kept.get("role") == "assistant" and "content" in kept and kept["content"] is None:
+            kept["content"] = ""
+        return kept
 
     @field_validator("content", mode="before")
     @classmethod
@@ -27,10 +53,15 @@ class Message(StrictModel):
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "text":
                 raise ValueError(f"only parts of type text are supported, not {str(kind)[:40]!r}")
-            if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            if set(part) - {"cache_control", "annotations"} != {"type", "text"} or not isinstance(
+                part["text"], str
+            ):
                 raise ValueError("a text part has exactly the fields type and text")
             texts.append(part["text"])
         return "".join(texts)
+
+
+_KNOWN = frozenset(Message.model_fields)
 
 
 def _few_enough(value: object, info: ValidationInfo) -> object:

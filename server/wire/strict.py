@@ -11,6 +11,11 @@ from loramux.server.settings import Limits
 
 MAX_TOKENS = 2**31 - 1
 
+# Fields of OpenAI's messages that exist and are not served.
+NESTED_UNSUPPORTED = frozenset(
+    {"tool_calls", "tool_call_id", "function_call", "audio", "refusal", "annotations"}
+)
+
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 # Made once: json.dumps would make one for every chunk of every stream.
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -32,7 +37,29 @@ class StrictModel(BaseModel):
             return value
         fields = cls.model_fields
         droppable = {name for name, info in fields.items() if not info.is_required()} | cls.UNSUPPORTED
-        return {key: item for key, item in value.items() if item is not None or key not in droppable}
+        return {
+            key: item
+            for key, item in value.items()
+            if key not in droppable
+            or not (item is None or (key in cls.UNSUPPORTED and asks_nothing(key, item)))
+        }
+
+
+# Fields that label a request, or that hold the value which they have when they are left out.
+_LABELS = {"metadata": dict, "prompt_cache_key": str, "safety_identifier": str, "parallel_tool_calls": bool}
+_DEFAULTS: dict[str, tuple[object, ...]] = {
+    "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "store": (False,), "service_tier": ("auto", "default"), "best_of": (1,), "modalities": (["text"],),
+    "suffix": ("",), "echo": (False,),
+}  # fmt: skip
+
+
+def asks_nothing(name: str, value: object) -> bool:
+    """Whether an unsupported field holds a value that leaves the answer as it is without the field."""
+    label = _LABELS.get(name)
+    if label is not None:
+        return isinstance(value, label)
+    return any(type(value) is type(default) and value == default for default in _DEFAULTS.get(name, ()))
 
 
 class _FieldError(ValueError):
@@ -82,7 +109,7 @@ def parse(model: type[Model], body: object, limits: Limits) -> Model:
     if not isinstance(body, dict):
         raise RequestError("the body must be a JSON object", code="invalid_json")
     for name in model.UNSUPPORTED:
-        if body.get(name) is not None:
+        if body.get(name) is not None and not asks_nothing(name, body[name]):
             raise RequestError(
                 f"{name} is not supported by this server", param=name, code="unsupported_field"
             )
@@ -103,6 +130,8 @@ def _request_error(error: ValidationError) -> RequestError:
     if isinstance(cause, _FieldError):
         return RequestError(f"{cause.param} {cause}", param=cause.param, code="invalid_value")
     param = _path(first["loc"])
+    if first["type"] == "extra_forbidden" and first["loc"][-1] in NESTED_UNSUPPORTED:
+        return RequestError(f"{param} is not supported by this server", param=param, code="unsupported_field")
     if first["type"] == "extra_forbidden":
         return RequestError(f"unknown field {param}", param=param, code="unknown_field")
     if first["type"] == "missing":

@@ -42,13 +42,13 @@ TOKENIZER = byte_tokenizer()
 Result = TypeVar("Result")
 
 
-def expert(name: str, rank: int = 4) -> LoraAdapter:
-    """A random adapter."""
+def expert(name: str, rank: int = 4, content: str | None = None) -> LoraAdapter:
+    """A random adapter; `content` stands for what its files hold."""
     pairs = {
         module: LoraPair(torch.randn(rank, n_in), torch.randn(n_out, rank), 1.0)
         for module, (n_out, n_in) in SHAPES.modules.items()
     }
-    return LoraAdapter(name, f"hash of {name}", pairs)
+    return LoraAdapter(name, f"hash of {content or name}", pairs)
 
 
 def sparse_model(name: str, kind: Kind = Kind.LORACOE, rank: int = 4) -> SparseModel:
@@ -93,7 +93,7 @@ def read_expert(folder: Path, name: str, _options: ReadOptions) -> LoraAdapter |
         return sparse_model(name)
     if not (folder / "ok").exists():
         raise AdapterFormatError(f"{folder.name}: adapter_config.json is missing")
-    return expert(name)
+    return expert(name, content=folder.name)
 
 
 class Served:

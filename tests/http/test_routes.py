@@ -167,6 +167,32 @@ def test_an_adapter_is_loaded_used_and_unloaded(tmp_path: Path) -> None:
         assert served.http.post("/v1/completions", json={"model": "poems", "prompt": "a"}).status_code == 404
 
 
+def test_traffic_of_an_expert_that_is_gone_once_went_to_the_others_or_to_its_namesake(tmp_path: Path) -> None:
+    with serving(tmp_path, admin_key="admin") as served:
+
+        def experts(text: str) -> list[tuple[str, float]]:
+            shown = served.http.post("/v1/route", json={"input": text}).json()
+            used = served.chat(text).model_dump()["loramux"]["route"]
+            assert shown["fallback"] == used["fallback"]
+            listed = [(one["id"], round(one["weight"], 2)) for one in used["experts"]]
+            assert listed == [
+                (one["id"], round(one["weight"], 2)) for one in shown["experts"] if one["weight"]
+            ]
+            return listed
+
+        assert experts("law law math") == [("law", 0.67), ("math", 0.33)]
+        post(served, "unload", lora_name="law")
+        assert experts("law") == []
+        assert experts("law law math") == [("math", 1.0)]
+        # Another content under the name gets none of its traffic, and says so.
+        post(served, "load", lora_name="law", lora_path="poems")
+        assert experts("law") == []
+        cards = {card["id"]: card for card in served.http.get("/v1/models").json()["data"]}
+        assert cards["law"]["loramux"] == {"routable": False}
+        assert "loramux" not in cards["math"]
+        assert served.chat("law", model="law").choices
+
+
 def test_the_router_may_know_an_expert_that_was_unloaded(tmp_path: Path) -> None:
     with serving(tmp_path, admin_key="admin") as served:
         post(served, "unload", lora_name="law")

@@ -224,3 +224,36 @@ def test_the_state_must_fit_together() -> None:
     ]:
         with pytest.raises(RouterError, match=match):
             replace(state, **change)  # type: ignore[arg-type]
+
+
+def test_a_pool_of_fewer_experts_decides_as_if_fitted_without_them() -> None:
+    generator = np.random.default_rng(12)
+    backend = HashBackend(dimension=6)
+    centroids = generator.normal(size=(5, 6)).astype(np.float32)
+    cosines = RoutingOptions(strategy="similarity")
+    whole = make_router(backend, centroids, threshold=0.3, temperature=0.2, defaults=cosines)
+    left = [0, 2, 4]
+    less = make_router(backend, centroids[left], threshold=0.3, temperature=0.2, defaults=cosines)
+    served = {"e0": "e0", "e2": "e2", "e4": "new"}
+    fell = 0
+    for top_m in (1, 2, 3):
+        for policy in POLICIES:
+            options = RoutingOptions(strategy="similarity", top_m=top_m, policy=policy)
+            texts = [f"text {number}" for number in range(30)]
+            pairs = zip(whole.decide(texts, options), less.decide(texts, options), strict=True)
+            for decision, expected in pairs:
+                if decision.fallback:
+                    continue
+                got = decision.among(served)
+                names = {"e0": "e0", "e1": "e2", "e2": "new"}
+                assert [one.id for one in got.candidates] == [names[one.id] for one in expected.candidates]
+                assert [one.weight for one in got.candidates] == [one.weight for one in expected.candidates]
+                assert (got.fallback, got.margin, got.entropy) == (
+                    expected.fallback,
+                    expected.margin,
+                    expected.entropy,
+                )
+                fell += got.fallback
+                assert decision.among({one.id: one.id for one in decision.candidates}) is decision
+    assert fell
+    assert decision.among({}).fallback

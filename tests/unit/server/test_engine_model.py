@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.server.engine.model import (
     BaseModelError,
+    keep_four_bit_layout,
     load_base,
     resolve_device,
     resolve_dtype,
@@ -28,6 +29,29 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base")
     tiny_llama().save_pretrained(path)
     return path
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 32), (64, 33), (48, 32), (32, 7), (128, 96)])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_four_bit_layers_are_right_in_every_shape_where_bitsandbytes_would_repack_them(
+    inputs: int, outputs: int, rows: int
+) -> None:
+    """As a processor with AVX-512 BF16 has it: there the layer repacks itself, and refuses or errs."""
+    torch.manual_seed(inputs + outputs)
+    layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(torch.randn(outputs, inputs), requires_grad=False, quant_type="nf4")
+    model = torch.nn.Sequential(layer).to("cpu").eval()
+    layer.support_avx512bf16_for_cpu = True
+    assert keep_four_bit_layout(model) == 1
+    weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    x = torch.randn(rows, inputs)
+    expected = x.double() @ weight.double().T
+    torch.testing.assert_close(model(x).double(), expected, rtol=1e-5, atol=1e-5)
+    assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+    x.requires_grad_(True)
+    model(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad[0].double(), weight.double().sum(dim=0), rtol=1e-5, atol=1e-5)
 
 
 def test_a_base_in_nf4_serves_mixtures_on_a_cpu(saved: Path) -> None:
