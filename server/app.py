@@ -1,16 +1,19 @@
 """The application: parts in, ASGI app out."""
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from loramux.adapters.errors import AdapterError
 from loramux.router.errors import RouterError
+from loramux.server.edge.answer import EXPERTS_HEADER
+from loramux.server.edge.door import Door
 from loramux.server.edge.failures import ErrorAnswer, describe, error_response
 from loramux.server.edge.keys import Keys
 from loramux.server.edge.trace import Trace
@@ -64,6 +67,13 @@ def create_app(parts: Parts) -> FastAPI:
         middleware=[
             Middleware(Trace, metrics=parts.metrics),
             Middleware(
+                Door,
+                host=settings.host,
+                allowed_hosts=settings.allowed_hosts,
+                body_seconds=settings.body_seconds,
+            ),
+            *_cors(settings.cors_origins),
+            Middleware(
                 Keys, keys=parts.api_keys, admin_key=admin_key, metrics_need_key=settings.metrics_need_key
             ),
         ],
@@ -78,6 +88,21 @@ def create_app(parts: Parts) -> FastAPI:
     for group in ROUTE_GROUPS:
         app.include_router(group(parts))
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Pages of these origins may call; before the keys, because a preflight carries none."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[EXPERTS_HEADER, "x-request-id"],
+        )
+    ]
 
 
 async def shut_down(parts: Parts) -> None:

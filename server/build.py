@@ -28,9 +28,7 @@ from loramux.adapters.sparse.recognise import is_sparse
 from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.slot import SparseSlot, place
 from loramux.kernels.packed_linear import pack_linears
-from loramux.router.router import Router as PoolRouter
 from loramux.router.service import RoutingService
-from loramux.router.store import load_router
 from loramux.server.admin import AdapterAdmin
 from loramux.server.catalog import Catalog
 from loramux.server.engine.local import EngineLimits, LocalEngine
@@ -47,9 +45,10 @@ from loramux.server.metrics import Metrics
 from loramux.server.parts import Parts
 from loramux.server.pipeline import Pipeline
 from loramux.server.pool.experts import measure_experts, read_experts
-from loramux.server.pool.manifest import MANIFEST, Pool, PoolError, read_pool, verify
+from loramux.server.pool.manifest import MANIFEST, Pool
+from loramux.server.pool.routing import load_pool_router, open_pool
 from loramux.server.pool.sparse import measure_sparse_models, read_sparse_models
-from loramux.server.selection import Router, Selector, options_of
+from loramux.server.selection import Router, Selector
 from loramux.server.settings import Settings, api_keys
 from loramux.server.text.prompts import ChatTokenizer, Prompts
 from loramux.server.text.vocabulary import Vocabulary
@@ -166,34 +165,6 @@ def connect(
         metrics=metrics,
         admin=AdapterAdmin(catalog, residency, shelf, adapter_root, read),
         fingerprint=fingerprint,
-    )
-
-
-def open_pool(settings: Settings) -> Pool:
-    """The pool of the settings, every file compared with its hash where that is asked for.
-
-    Raises:
-        PoolError: the first thing that is wrong.
-    """
-    pool = read_pool(settings.pool)
-    problems = verify(settings.pool) if settings.verify_pool else []
-    if problems:
-        more = f" (and {len(problems) - 1} more; `loramux pool check` lists them)" if problems[1:] else ""
-        raise PoolError(f"pool {settings.pool}: {problems[0]}{more}")
-    return pool
-
-
-def load_pool_router(settings: Settings, pool: Pool) -> PoolRouter:
-    """The router of a pool, with the settings' defaults.
-
-    Raises:
-        RouterError: one line that names the file or option at fault.
-    """
-    return load_router(
-        pool.router_dir,
-        experts=[entry.id for entry in pool.manifest.experts],
-        encoder=settings.encoder,
-        defaults=options_of(settings.routing),
     )
 
 

@@ -6,7 +6,9 @@
     │   ├── Unauthorized        401
     │   ├── Forbidden           403
     │   ├── Conflict            409
-    │   └── TooLarge            413
+    │   ├── TooLarge            413
+    │   ├── UnsupportedMedia    415
+    │   └── RequestTimeout      408
     ├── NotReady                503  loading, or draining before an exit
     └── StartError                   the server cannot start; one line, for the operator's terminal
 
@@ -68,6 +70,18 @@ class TooLarge(RequestError):
     """The body is over the configured number of bytes."""
 
     status = 413
+
+
+class UnsupportedMedia(RequestError):
+    """A body in a form that is not read."""
+
+    status = 415
+
+
+class RequestTimeout(RequestError):
+    """The client took too long to send its request."""
+
+    status = 408
 
 
 class NotReady(ServerError):

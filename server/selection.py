@@ -12,6 +12,7 @@ from loramux.server.errors import RequestError
 from loramux.server.leases import Mixture, SparseChoice
 from loramux.server.metrics import Metrics
 from loramux.server.settings import RoutingSettings
+from loramux.server.wire.decision import explained, scored
 from loramux.server.wire.generation import ARROW, RoutingFields
 
 NAMED = "named"
@@ -73,7 +74,7 @@ class Selection:
         """The `route` object of an answer."""
         return {
             "strategy": self.strategy,
-            "experts": [_scored(e) for e in self.experts] if self.arrow is None else self.arrow.body(),
+            "experts": [scored(e) for e in self.experts] if self.arrow is None else self.arrow.body(),
             "fallback": self.fallback,
             "truncated": self.truncated,
         }
@@ -217,21 +218,6 @@ class Selector:
         return tuple(expert for expert in rounded if expert.weight != 0)
 
 
-def options_of(settings: RoutingSettings) -> RoutingOptions:
-    """The configured defaults as routing options.
-
-    Raises:
-        RoutingOptionsError: a value that no router could serve.
-    """
-    return RoutingOptions(
-        strategy=settings.strategy,
-        top_m=settings.top_m,
-        policy=settings.policy,
-        temperature=settings.temperature,
-        threshold=settings.threshold,
-    )
-
-
 def _options(asked: RoutingFields | None) -> RoutingOptions:
     """What the client changes; the router knows the defaults."""
     if asked is None or asked.strategy == "arrow":  # spelt out, which a type checker can follow
@@ -243,33 +229,6 @@ def _options(asked: RoutingFields | None) -> RoutingOptions:
         temperature=asked.temperature,
         threshold=asked.threshold,
     )
-
-
-def explained(decision: Decision) -> dict[str, Any]:
-    """A decision as JSON: what was chosen, every candidate, and why."""
-    return {
-        "strategy": decision.strategy,
-        "policy": decision.policy,
-        "temperature": decision.temperature,
-        "threshold": decision.threshold,
-        "experts": [_scored(expert) for expert in decision.experts],
-        "candidates": [_scored(expert) for expert in decision.candidates],
-        "fallback": decision.fallback,
-        "truncated": decision.truncated,
-        "margin": decision.margin,
-        "entropy": decision.entropy,
-        "reason": decision.reason,
-    }
-
-
-def _scored(expert: Candidate | SelectedExpert) -> dict[str, Any]:
-    return {
-        "id": expert.id,
-        "weight": expert.weight,
-        "similarity": expert.similarity,
-        "probability": expert.probability,
-        "score": expert.score,
-    }
 
 
 def _selected(expert: Candidate) -> SelectedExpert:

@@ -190,7 +190,27 @@ class Settings(BaseSettings):
     residency: ResidencySettings = ResidencySettings()
     routing: RoutingSettings = RoutingSettings()
 
-    @field_validator("api_keys", mode="before")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Names beside loopback's own that `Host` may have when the server listens on loopback.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Origins whose pages may call this server from a browser; empty: none."
+    )
+    keep_alive_seconds: int = Field(
+        default=75, ge=1, le=3600, description="An idle connection is closed after this long."
+    )
+    header_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        le=3600,
+        description="A connection may take so long to send the head of a request.",
+    )
+    body_seconds: float = Field(
+        default=60.0, gt=0, le=3600, description="A request may take so long to send its body."
+    )
+
+    @field_validator("api_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
         if isinstance(value, str):

@@ -8,15 +8,7 @@ from types import MappingProxyType
 from torch import Tensor
 
 from loramux.adapters.lora import LoraPair
-
-
-class Kind(StrEnum):
-    """The published methods that can be served."""
-
-    MIXLORA = "mixlora"
-    LORACOE = "loracoe"
-    LORAMOE = "loramoe"
-    MOLA = "mola"
+from loramux.adapters.sparse.kind import Kind as Kind
 
 
 class FfnStrategy(StrEnum):

@@ -18,8 +18,8 @@ def route(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole decision as JSON.")] = False,
 ) -> None:
     """Say which experts a text would go to, and why. The base model is not loaded."""
-    from loramux.server.build import load_pool_router, open_pool
-    from loramux.server.selection import explained
+    from loramux.server.pool.routing import load_pool_router, open_pool
+    from loramux.server.wire.decision import explained
 
     settings = load_settings(config, {} if pool is None else {"pool": pool})
     decision = load_pool_router(settings, open_pool(settings)).decide([text])[0]

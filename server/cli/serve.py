@@ -16,7 +16,7 @@ import uvicorn
 import yaml
 
 from loramux.server.errors import StartError
-from loramux.server.settings import Settings, load_settings
+from loramux.server.settings import DEMO_POOL, Settings, load_settings
 
 if TYPE_CHECKING:
     from loramux.server.parts import Parts
@@ -78,8 +78,16 @@ def run(settings: Settings) -> None:
         disable_progress_bar()
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         parts = build(settings)
+        from loramux.server.edge.patience import PatientProtocol
+
         config = uvicorn.Config(
-            create_app(parts), log_level="warning", access_log=False, lifespan="on", server_header=False
+            create_app(parts),
+            log_level="warning",
+            access_log=False,
+            lifespan="on",
+            server_header=False,
+            http=type("Protocol", (PatientProtocol,), {"header_seconds": settings.header_seconds}),
+            timeout_keep_alive=settings.keep_alive_seconds,
         )
         asyncio.run(_Server(config, parts, _url(settings.host, listener)).serve(sockets=[listener]))
         # A supervisor starts a process again when it fails, not when it ends well.
@@ -106,7 +114,9 @@ class _Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets=sockets)
         if self.started:
-            print(ready_line(self._url, needs_key=bool(self._parts.api_keys)), flush=True)
+            settings = self._parts.settings
+            question = DEMO_QUESTION if settings.pool == DEMO_POOL else QUESTION
+            print(ready_line(self._url, question, needs_key=bool(self._parts.api_keys)), flush=True)
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks ten times a second whether to go on: a dead engine answers nobody any more."""
@@ -134,9 +144,15 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def ready_line(url: str, *, needs_key: bool) -> str:
+# Something that an expert of the demo pool is for; of another pool nothing is known.
+DEMO_QUESTION = "What is the total number of wins when the team is Arsenal?"
+QUESTION = "Say hello in one sentence."
+
+
+def ready_line(url: str, question: str = QUESTION, *, needs_key: bool) -> str:
     """One line: where the server is, and a command to try it with."""
-    body = json.dumps({"model": "auto", "messages": [{"role": "user", "content": "What is 12 times 7?"}]})
+    message = {"role": "user", "content": question}
+    body = json.dumps({"model": "auto", "temperature": 0, "max_tokens": 48, "messages": [message]})
     key = "-H 'Authorization: Bearer YOUR_KEY' " if needs_key else ""
     headers = f"{key}-H 'Content-Type: application/json'"
     return f"loramux is ready at {url}  try: curl {url}/v1/chat/completions {headers} -d '{body}'"

@@ -1,12 +1,16 @@
 """Request bodies: bounded before they are parsed, and JSON that is stricter than Python's."""
 
+import asyncio
 import json
 import math
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from starlette.requests import Request
 
 from loramux.server.errors import RequestError, TooLarge
+
+MOST_DISCARDED, DISCARD_SECONDS = 1 << 28, 5.0
 
 
 async def read_json(request: Request, limit: int) -> Any:
@@ -18,13 +22,29 @@ async def read_json(request: Request, limit: int) -> Any:
     """
     declared = request.headers.get("content-length", "")
     if declared.isascii() and declared.isdigit() and int(declared[:18]) > limit:
+        await _discard(request)
         raise TooLarge(f"the body may have at most {limit} bytes", code="body_too_large")
     received = bytearray()
     async for chunk in request.stream():
         received += chunk
         if len(received) > limit:
+            await _discard(request)
             raise TooLarge(f"the body may have at most {limit} bytes", code="body_too_large")
     return decode_json(bytes(received))
+
+
+async def _discard(request: Request) -> None:
+    """Read on for a moment: a client that is still sending would see a reset connection, not the answer."""
+    if "expect" in request.headers:  # it waits for a word before it sends
+        return
+    left = MOST_DISCARDED
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while left > 0:
+                message = await request.receive()
+                left -= len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
 
 
 def decode_json(body: bytes) -> Any:

@@ -8,7 +8,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loramux.server.edge.failures import describe, send_error
 from loramux.server.errors import Forbidden, RequestError, Unauthorized
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+# The page is the same for everyone and asks for the key itself.
+OPEN_PATHS = frozenset({"/", "/health", "/ready"})
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_adapters"})
 
 
@@ -44,7 +45,11 @@ class Keys:
                     "this route needs the admin key as a bearer token", code="invalid_admin_key"
                 )
         elif self._keys and path not in self._open and not _matches(_bearer(scope), self._keys):
-            raise Unauthorized("an API key is needed as a bearer token", code="invalid_api_key")
+            raise Unauthorized(_key_problem(scope), code="invalid_api_key")
+
+
+def _key_problem(scope: Scope) -> str:
+    return "the API key is not valid" if _bearer(scope) else "an API key is needed as a bearer token"
 
 
 def _bearer(scope: Scope) -> bytes:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -63,6 +64,7 @@ class LocalEngine:
         self._stats = EngineStats()
         self._closed: str | None = "the engine has not been started"
         self._dead: str | None = None
+        self._ended: deque[float] = deque(maxlen=64)
         self._step_started = 0.0
         self._chosen: list[tuple[Running, TokenScore]] = []
         self._outbox: list[tuple[Running, Event | EngineError]] = []
@@ -127,6 +129,7 @@ class LocalEngine:
                     raise event
                 yield event
                 if isinstance(event, Finished):
+                    self._ended.append(time.monotonic())
                     return
         finally:
             await self._leave(seq)
@@ -152,7 +155,15 @@ class LocalEngine:
             )
         waiting = sum(not seq.started for seq in self._sequences.values())
         if waiting >= self._limits.max_waiting:
-            raise EngineOverloaded(waiting)
+            raise EngineOverloaded(waiting, self._wait_seconds(waiting))
+
+    def _wait_seconds(self, waiting: int) -> int:
+        """How long the queue will take at the rate at which sequences have ended of late; 1 to 60."""
+        ended = self._ended
+        if len(ended) < 2 or ended[-1] <= ended[0]:
+            return 1
+        each = (ended[-1] - ended[0]) / (len(ended) - 1)
+        return max(1, min(60, round(each * waiting)))
 
     def _stop_ids(self, work: Work) -> frozenset[int]:
         return work.sampling.stop_token_ids | (frozenset() if work.sampling.ignore_eos else self._eos_ids)

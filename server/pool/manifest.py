@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, with_config
 
-from loramux.adapters.sparse.model import Kind
+from loramux.adapters.sparse.kind import Kind
 from loramux.adapters.sparse.options import ReadOptions
 from loramux.server.errors import StartError
 

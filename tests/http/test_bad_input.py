@@ -270,7 +270,7 @@ def test_unknown_routes_and_methods_are_openai_errors(served: Served) -> None:
     answer = served.http.get(CHAT)
     assert checked(answer, 405)["code"] == "method_not_allowed"
     assert answer.headers["allow"] == "POST"
-    assert checked(served.http.post("/v1/chat/completions/"), 404)["code"] == "unknown_route"
+    assert checked(served.http.post("/v1/chat/completions/"), 400)["code"] == "invalid_json"
     for path in ("/docs", "/redoc", "/openapi.json"):
         checked(served.http.get(path), 404)
 

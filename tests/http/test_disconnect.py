@@ -36,7 +36,7 @@ def send(served: Served, path: str, body: dict[str, Any]) -> socket.socket:
     host, port = served.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=10)
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
 
@@ -76,7 +76,9 @@ def test_leaving_before_the_body_is_sent(tmp_path: Path) -> None:
     with serving(tmp_path) as served:
         host, port = served.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=10) as connection:
-            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{"
+            )
         assert served.chat("law").choices[0].message.content == "Hello, world."
         assert served.engine.log == ["start 1", "finish"]
 

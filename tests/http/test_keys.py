@@ -59,8 +59,8 @@ def test_any_key_opens_the_api_and_only_the_admin_key_the_administration(served:
 
 @pytest.mark.parametrize(
     "path",
-    ["//v1/models", "/v1//models", "/v1/models/", "/V1/models", "/v1/models/../models", "/health/",
-     "/ready/../v1/models", "/v1%2fmodels", "/health%2f..%2fv1/models", "/health;/v1/models", "/nothing"],
+    ["//v1/models", "/v1//models", "/v1/models/", "/V1/models", "/v1/models/../models",
+     "//health/../v1/models", "/ready/../v1/models", "/v1%2fmodels", "/health%2f..%2fv1/models", "/health;/v1/models", "/nothing"],
 )  # fmt: skip
 def test_odd_paths_are_no_way_around(served: Served, path: str) -> None:
     request = served.http.build_request("GET", path)
@@ -71,8 +71,6 @@ def test_odd_paths_are_no_way_around(served: Served, path: str) -> None:
 @pytest.mark.parametrize(
     "headers",
     [
-        {"host": "localhost/health"},
-        {"host": "/health?"},
         {"x-forwarded-prefix": "/health"},
         {"x-original-url": "/health"},
         {"x-forwarded-for": "127.0.0.1"},
@@ -83,6 +81,11 @@ def test_odd_paths_are_no_way_around(served: Served, path: str) -> None:
 )
 def test_no_header_but_the_right_one_counts(served: Served, headers: dict[str, str]) -> None:
     assert served.http.get("/v1/models", headers=headers).status_code in (400, 401)
+
+
+@pytest.mark.parametrize("host", ["localhost/health", "/health?", "localhost@elsewhere"])
+def test_a_strange_host_opens_nothing(served: Served, host: str) -> None:
+    assert served.http.get("/v1/models", headers={"host": host}).status_code in (400, 401, 403)
 
 
 def test_two_authorization_headers_are_none(served: Served) -> None:

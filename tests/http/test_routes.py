@@ -168,6 +168,9 @@ def test_an_adapter_is_loaded_used_and_unloaded(tmp_path: Path) -> None:
 
 
 def test_traffic_of_an_expert_that_is_gone_once_went_to_the_others_or_to_its_namesake(tmp_path: Path) -> None:
+    folder = tmp_path / "adapters" / "poems"
+    folder.mkdir(parents=True)
+    (folder / "ok").touch()
     with serving(tmp_path, admin_key="admin") as served:
 
         def experts(text: str) -> list[tuple[str, float]]:
