@@ -50,9 +50,9 @@ class Decision:
     entropy: float
 
     def among(self, served: Mapping[str, str]) -> "Decision":
-        """The decision that a pool of fewer experts takes: `served` has router id -> the id it is served by.
+        """The decision of a pool of fewer experts: `served` has router id -> the id it is served by.
 
-        Threshold and weights apply to what is there. Scores stay as they are: a text of an expert that is gone is
+        Threshold and weights apply to what is there. Scores stay: a text of an expert that is gone is
         no more like the others for it.
         """
         if all(served.get(candidate.id) == candidate.id for candidate in self.candidates):
@@ -69,7 +69,8 @@ class Decision:
             verdict = (
                 f"below the threshold {self.threshold:.3f}: the base answers alone" if fallback else "chosen"
             )
-            reason = f"{self.candidates[0].id} is not served; next is {kept[0].id} with {ordered[0]:.3f}, {verdict}"
+            gone, best = self.candidates[0].id, kept[0].id
+            reason = f"{gone} is not served; next is {best} with {ordered[0]:.3f}, {verdict}"
         elif not kept:
             reason = "no expert that the router knows is served: the base answers alone"
         return replace(

@@ -83,7 +83,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory, pool_dir: Path) -> Path:
 def test_it_once_died_before_the_first_request_and_said_it_was_ready(pool: Path) -> None:
     with serving("--pool", str(pool)) as server:
         assert httpx.get(f"{server.url}/ready").status_code == 200
-        for content in ("Find all files named config in /var", "What are the symptoms of malaria?"):
+        for content in ("Find all files named boston in /var", "What are the symptoms of gout?"):
             answer = server.post(
                 "/v1/chat/completions",
                 model="auto",

@@ -59,9 +59,20 @@ def test_any_key_opens_the_api_and_only_the_admin_key_the_administration(served:
 
 @pytest.mark.parametrize(
     "path",
-    ["//v1/models", "/v1//models", "/v1/models/", "/V1/models", "/v1/models/../models",
-     "//health/../v1/models", "/ready/../v1/models", "/v1%2fmodels", "/health%2f..%2fv1/models", "/health;/v1/models", "/nothing"],
-)  # fmt: skip
+    [
+        "//v1/models",
+        "/v1//models",
+        "/v1/models/",
+        "/V1/models",
+        "/v1/models/../models",
+        "//health/../v1/models",
+        "/ready/../v1/models",
+        "/v1%2fmodels",
+        "/health%2f..%2fv1/models",
+        "/health;/v1/models",
+        "/nothing",
+    ],
+)
 def test_odd_paths_are_no_way_around(served: Served, path: str) -> None:
     request = served.http.build_request("GET", path)
     request.url = request.url.copy_with(raw_path=path.encode())

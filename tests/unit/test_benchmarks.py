@@ -189,3 +189,18 @@ def test_a_goal_is_met_from_its_own_side() -> None:
     assert line.json() == {
         "median": 2.0, "unit": "ms", "low": 1.0, "high": 3.0, "repeats": 3, "goal": "≤ 1.5", "met": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_operator_of_the_gpu_suite_once_timed_the_bare_layer(dtype: torch.dtype) -> None:
+    """The scenario of one layer, on the CPU at a tiny size: what it times is the gated layer, and right."""
+    gpu = importlib.import_module("benchmarks.gpu")
+    shapes = importlib.import_module("benchmarks.shapes")
+    operator = gpu.Operator(shapes.SHAPES["tiny"], dtype, device="cpu")
+    assert operator.error() <= gpu.TOLERANCE[dtype]
+    with operator.layers.running(operator.plan):
+        gated = operator.gated(operator.x)
+    bare = operator.bare(operator.x)
+    assert (gated - bare).float().norm() > 5 * gpu.TOLERANCE[dtype] * bare.float().norm()
+    torch.testing.assert_close(operator.gated(operator.x), bare)
+    assert gpu.seconds(lambda: None) > 0
