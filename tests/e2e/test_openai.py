@@ -1,14 +1,18 @@
 """The openai client against the real engine on the demo pool."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+import torch
 from openai import OpenAI
+from transformers import AutoModelForCausalLM
 
 from tests.e2e.conftest import Server
 
+BASE = "loramux-demo-base"
 QUESTION: list[Any] = [{"role": "user", "content": "How many points did Ferrari score in the 1998 season?"}]
 
 
@@ -94,3 +98,27 @@ def test_mistakes_are_named(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as too_long:
         client.completions.create(model="auto", prompt=[7] * 3000)
     assert too_long.value.code == "context_length_exceeded"
+
+
+def test_log_likelihoods_as_evaluation_harnesses_read_them(server: Server, pool_dir: Path) -> None:
+    """lm-eval asks for one token more and cuts the last entry: an end token without one cost the answer's last."""
+    model = AutoModelForCausalLM.from_pretrained(pool_dir / "base", dtype=torch.float32).eval()
+    end = model.generation_config.eos_token_id
+    questions = ["Why was my card payment declined?", "What is the capital of France?", "Who wrote Hamlet?"]
+    ended = 0
+    for question in questions:
+        generated = server.post("/v1/completions", model=BASE, prompt=question, max_tokens=40, temperature=0)
+        for text in (question, question + generated["choices"][0]["text"]):
+            ids = server.post("/tokenize", prompt=text)["tokens"]
+            asked = {"max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True}
+            answer = server.post("/v1/completions", model=BASE, prompt=ids, **asked)
+            found = answer["choices"][0]["logprobs"]["token_logprobs"]
+            with torch.no_grad():
+                logits = model(torch.tensor([ids])).logits[0].log_softmax(dim=-1)
+            expected = [float(logits[at, token]) for at, token in enumerate(ids[1:])]
+            assert len(found) == len(ids) + 1
+            assert answer["usage"]["completion_tokens"] == 1
+            assert found[1:-1] == pytest.approx(expected, abs=1e-3)
+            assert found[-1] == pytest.approx(float(logits[-1].max()), abs=1e-3)
+            ended += int(logits[-1].argmax()) in ([end] if isinstance(end, int) else end)
+    assert ended

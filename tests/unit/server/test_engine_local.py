@@ -9,6 +9,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from loramux.adapters.base_shapes import BaseShapes
+from loramux.server.engine.batching import Batching
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineError,
@@ -321,3 +322,36 @@ def test_windows_and_soft_caps_equal_the_models_own_attention(family: str) -> No
             return [a.tokens for a in await asyncio.gather(*(rig.ask(p) for p in prompts))]
 
     assert asyncio.run(scenario()) == expected
+
+
+def test_an_engine_that_cannot_take_its_first_step_once_said_it_was_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: Batching) -> None:
+        raise MemoryError("Memory footprint 12251269376 is more than available memory 9696782745")
+
+    monkeypatch.setattr(Batching, "_create_batch_processor", refuse)
+
+    async def scenario() -> None:
+        with pytest.raises(EngineClosed, match=r"first step failed.*Memory footprint"):
+            async with running(tiny_llama()):
+                raise AssertionError("it started")
+
+    asyncio.run(scenario())
+
+
+def test_a_started_engine_that_dies_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with running(tiny_llama()) as rig:
+            assert rig.engine.stats().dead is None
+            assert rig.engine.stats().steps == 0  # the first step is not traffic
+
+            def fail(*_: object) -> None:
+                raise RuntimeError("the device is gone")
+
+            monkeypatch.setattr(rig.engine._batching.batch_processor, "prepare_next_batch", fail)
+            with pytest.raises(EngineClosed, match="device is gone"):
+                await rig.ask(random_prompt(4))
+            assert "device is gone" in (rig.engine.stats().dead or "")
+
+    asyncio.run(scenario())

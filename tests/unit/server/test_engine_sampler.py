@@ -131,3 +131,37 @@ def test_scores_are_those_of_the_model_before_sampling_parameters() -> None:
     assert [token for token, _ in score.top] == logprobs.topk(2).indices.tolist()
     assert token_score(logits, 3, None).logprob is None
     assert token_score(logits, 3, 0).top == ()
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-60, 1e-46, 1e-38, 9e-6])
+def test_a_temperature_that_underflows_once_chose_the_last_token_for_ever(temperature: float) -> None:
+    for _ in range(5):
+        logits = torch.randn(50) * 10
+        sampler = Sampler(Sampling(max_tokens=1, temperature=temperature, seed=1, logprobs=0), (1, 2))
+        assert sampler.sample(logits).id == int(logits.argmax())
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-3, 2.0])
+@pytest.mark.parametrize("penalty", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("top_p", [1e-45, 1e-9, 1.0])
+@pytest.mark.parametrize("min_p", [0.0, 1e-45, 1.0])
+def test_distributions_are_finite_at_the_edges(
+    temperature: float, penalty: float, top_p: float, min_p: float
+) -> None:
+    sampling = Sampling(
+        max_tokens=4, temperature=temperature, repetition_penalty=penalty, top_p=top_p, min_p=min_p, seed=3,
+        presence_penalty=2.0, frequency_penalty=-2.0, logit_bias={5: 100.0, 6: -100.0}, logprobs=2,
+    )  # fmt: skip
+    sampler = Sampler(sampling, tuple(range(20)))
+    for _ in range(4):
+        score = sampler.sample(torch.randn(50) * 30)
+        sampler.accept(score.id)
+        assert 0 <= score.id < 50
+        assert score.logprob is not None
+        assert score.logprob <= 0
+
+
+def test_a_model_that_gives_no_numbers_is_an_error_and_not_a_token() -> None:
+    sampler = Sampler(Sampling(max_tokens=1, temperature=1.0), (1,))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sampler.sample(torch.full((50,), float("nan")))
