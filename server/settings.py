@@ -185,11 +185,6 @@ class Settings(BaseSettings):
         ge=0,
         description="After SIGTERM, how long running requests may go on before they are ended.",
     )
-    limits: Limits = Limits()
-    engine: EngineSettings = EngineSettings()
-    residency: ResidencySettings = ResidencySettings()
-    routing: RoutingSettings = RoutingSettings()
-
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         description="Names beside loopback's own that `Host` may have when the server listens on loopback.",
@@ -209,6 +204,10 @@ class Settings(BaseSettings):
     body_seconds: float = Field(
         default=60.0, gt=0, le=3600, description="A request may take so long to send its body."
     )
+    limits: Limits = Limits()
+    engine: EngineSettings = EngineSettings()
+    residency: ResidencySettings = ResidencySettings()
+    routing: RoutingSettings = RoutingSettings()
 
     @field_validator("api_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod

@@ -101,7 +101,7 @@ def test_mistakes_are_named(client: OpenAI) -> None:
 
 
 def test_log_likelihoods_as_evaluation_harnesses_read_them(server: Server, pool_dir: Path) -> None:
-    """lm-eval asks for one token more and cuts the last entry: an end token without one cost the answer's last."""
+    """lm-eval asks for one token more and cuts the last entry: an end token needs an entry."""
     model = AutoModelForCausalLM.from_pretrained(pool_dir / "base", dtype=torch.float32).eval()
     end = model.generation_config.eos_token_id
     questions = ["Why was my card payment declined?", "What is the capital of France?", "Who wrote Hamlet?"]
