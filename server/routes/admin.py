@@ -19,7 +19,10 @@ def admin_routes(parts: Parts) -> APIRouter:
     async def load(request: Request) -> Response:
         asked = parse(LoadAdapterRequest, await read_json(request, limits.max_body_bytes), limits)
         adapter = await parts.admin.load(asked.lora_name, asked.lora_path, asked.options)
-        return Response(encode_json(_described(adapter)), media_type="application/json")
+        answer = _described(adapter)
+        if isinstance(adapter, LoraAdapter):
+            answer["routable"] = adapter.id in parts.catalog.routable().values()
+        return Response(encode_json(answer), media_type="application/json")
 
     @router.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:

@@ -188,12 +188,18 @@ def test_traffic_of_an_expert_that_is_gone_once_went_to_the_others_or_to_its_nam
         assert experts("law") == []
         assert experts("law law math") == [("math", 1.0)]
         # Another content under the name gets none of its traffic, and says so.
-        post(served, "load", lora_name="law", lora_path="poems")
+        assert post(served, "load", lora_name="law", lora_path="poems").json()["routable"] is False
         assert experts("law") == []
         cards = {card["id"]: card for card in served.http.get("/v1/models").json()["data"]}
         assert cards["law"]["loramux"] == {"routable": False}
         assert "loramux" not in cards["math"]
         assert served.chat("law", model="law").choices
+        # Content that the router knows has its route back, under whatever name.
+        post(served, "unload", lora_name="law")
+        (folder.parent / "law").mkdir()
+        (folder.parent / "law" / "ok").touch()
+        assert post(served, "load", lora_name="statutes", lora_path="law").json()["routable"] is True
+        assert experts("law law math") == [("statutes", 0.67), ("math", 0.33)]
 
 
 def test_the_router_may_know_an_expert_that_was_unloaded(tmp_path: Path) -> None:
