@@ -106,6 +106,7 @@ class LocalEngine:
             await self.stop(0)
             raise type(error)(f"the engine's first step failed: {error}") from error
         self._stats = EngineStats()
+        self._ended.clear()
 
     async def stop(self, timeout: float) -> None:
         if self._closed is None:

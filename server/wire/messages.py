@@ -5,10 +5,10 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from loramux.server.text.prompts import Turn
-from loramux.server.wire.strict import StrictModel, field_error, limits_of, no_longer_than
+from loramux.server.wire.strict import NESTED_UNSUPPORTED, StrictModel, field_error, limits_of, no_longer_than
 
 # What an answer of this or another server carries beside role and content, and says nothing to a model.
-_LABELS = frozenset({"annotations", "refusal", "audio", "function_call", "tool_calls", "reasoning_content"})
+_LABELS = NESTED_UNSUPPORTED - {"tool_call_id"} | {"reasoning_content"}
 
 
 class Message(StrictModel):

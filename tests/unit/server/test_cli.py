@@ -1,5 +1,6 @@
 """The command line: quick help, and one line for what the operator can mend."""
 
+import json
 import re
 import socket
 import subprocess
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from loramux.server import cli
-from loramux.server.cli.serve import ready_line
+from loramux.server.cli.serve import DEMO_QUESTION, ready_line
+from loramux.server.pool.routing import load_pool_router, open_pool
+from loramux.server.settings import load_settings
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -93,3 +96,14 @@ def test_the_ready_line_is_a_command_that_can_be_pasted() -> None:
 def test_the_makefile_and_ci_agree() -> None:
     root = Path(__file__).parents[3]
     assert "make test" in (root / ".ci" / "run").read_text()
+
+
+def test_the_ready_line_of_the_demo_pool_asks_what_an_expert_is_for() -> None:
+    line = ready_line("http://127.0.0.1:8000", DEMO_QUESTION, needs_key=False)
+    body = json.loads(line.partition(" -d '")[2].rstrip("'"))
+    assert body["temperature"] == 0
+    settings = load_settings()
+    router = load_pool_router(settings, open_pool(settings))
+    [decision] = router.decide([body["messages"][0]["content"]])
+    assert not decision.fallback
+    assert decision.experts[0].id == "select-table"

@@ -333,7 +333,7 @@ def test_an_engine_that_cannot_take_its_first_step_once_said_it_was_ready(
     monkeypatch.setattr(Batching, "_create_batch_processor", refuse)
 
     async def scenario() -> None:
-        with pytest.raises(EngineClosed, match=r"first step failed.*Memory footprint"):
+        with pytest.raises(EngineError, match=r"first step failed.*Memory footprint"):
             async with running(tiny_llama()):
                 raise AssertionError("it started")
 
@@ -350,8 +350,26 @@ def test_a_started_engine_that_dies_says_so(monkeypatch: pytest.MonkeyPatch) -> 
                 raise RuntimeError("the device is gone")
 
             monkeypatch.setattr(rig.engine._batching.batch_processor, "prepare_next_batch", fail)
+            with pytest.raises(EngineError, match="device is gone"):
+                await rig.ask(random_prompt(4))
+            thread = rig.engine._batching._generation_thread
+            assert thread is not None
+            await asyncio.to_thread(thread.join, 30)
             with pytest.raises(EngineClosed, match="device is gone"):
                 await rig.ask(random_prompt(4))
             assert "device is gone" in (rig.engine.stats().dead or "")
+
+    asyncio.run(scenario())
+
+
+def test_a_full_queue_once_said_one_second_to_everybody() -> None:
+    async def scenario() -> None:
+        async with running(tiny_llama()) as rig:
+            engine = rig.engine
+            assert engine._wait_seconds(300) == 1  # nothing is known yet
+            engine._ended.extend([10.0, 10.5, 11.0, 11.5])
+            assert engine._wait_seconds(40) == 20
+            assert engine._wait_seconds(1) == 1
+            assert engine._wait_seconds(10_000) == 60
 
     asyncio.run(scenario())
