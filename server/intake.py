@@ -27,7 +27,8 @@ class Intake:
         tokens = await self._prompts.chat([message.turn for message in request.messages])
         asked = request.max_completion_tokens or request.max_tokens
         text = routing_text(request.messages)
-        prompt = Prompt(text, tokens, self._prompts.room(len(tokens), asked, "messages"))
+        limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        prompt = Prompt(text, tokens, self._prompts.room(len(tokens), asked, "messages", limit=limit))
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return self._ask(request, (prompt,), text, logprobs)
 

@@ -82,22 +82,23 @@ class Prompts:
         self._refuse_hopeless("".join(turn["content"] for turn in conversation), "messages")
 
         def render(tokenizer: ChatTokenizer) -> tuple[int, ...]:
-            ids = tokenizer.apply_chat_template(
-                conversation,
-                add_generation_prompt=add_generation_prompt,
-                sanitize_control_tokens=True,
-                return_dict=False,
-            )
+            try:
+                ids = tokenizer.apply_chat_template(
+                    conversation,
+                    add_generation_prompt=add_generation_prompt,
+                    sanitize_control_tokens=True,
+                    return_dict=False,
+                )
+            except jinja2.TemplateError as error:
+                problem = f"the chat template refused the messages: {error}"
+                raise RequestError(problem, param="messages", code="template_error") from None
+            except Exception as error:
+                # A template is a small program, which may raise any of Python's errors about these messages.
+                problem = f"the chat template cannot render the messages: {type(error).__name__}: {error}"
+                raise RequestError(problem, param="messages", code="template_error") from None
             return tuple(ids)
 
-        try:
-            return await self._run(render, length)
-        except jinja2.TemplateError as error:
-            raise RequestError(f"the chat template refused the messages: {error}", param="messages") from None
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            # A template is a small program, which may raise any of Python's errors about these messages.
-            problem = f"the chat template cannot render the messages: {type(error).__name__}: {error}"
-            raise RequestError(problem, param="messages", code="template_error") from None
+        return await self._run(render, length)
 
     async def detokenize(self, tokens: Sequence[int]) -> str:
         """Token ids back to text, special tokens by name.
@@ -122,8 +123,16 @@ class Prompts:
                 code="invalid_value",
             )
 
-    def room(self, prompt: int, asked: int | None, param: str, *, default: int | None = None) -> int:
-        """Tokens that may be generated after `prompt` tokens.
+    def room(
+        self,
+        prompt: int,
+        asked: int | None,
+        param: str,
+        *,
+        default: int | None = None,
+        limit: str = "max_tokens",
+    ) -> int:
+        """Tokens that may be generated after `prompt` tokens; `limit` is the field that asked for so many.
 
         Raises:
             RequestError: the prompt leaves no room, or less than was asked for; the message has the numbers.
@@ -135,9 +144,9 @@ class Prompts:
             return left if default is None else min(left, default)
         if asked > left:
             raise RequestError(
-                f"{self._overflow()} {prompt} prompt tokens and max_tokens {asked} are {prompt + asked} "
-                f"together; the context holds {self.max_context}",
-                param="max_tokens",
+                f"{self._overflow()} The prompt is too long for what was asked: {prompt} prompt tokens and "
+                f"{limit} {asked} are {prompt + asked} together; the context holds {self.max_context}",
+                param=limit,
                 code="context_length_exceeded",
             )
         return asked

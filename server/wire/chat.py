@@ -14,6 +14,13 @@ class ResponseFormat(StrictModel):
 
     type: Literal["text"]
 
+    @field_validator("type", mode="before")
+    @classmethod
+    def _served(cls, value: object) -> object:
+        if value in ("json_object", "json_schema"):
+            raise ValueError(f"{value} is not supported by this server; text is")
+        return value
+
 
 class ChatRequest(GenerationFields):
     """An OpenAI chat request, with `lora` and `routing` as extensions."""
@@ -24,14 +31,7 @@ class ChatRequest(GenerationFields):
     top_logprobs: int | None = Field(None, ge=0)
     response_format: ResponseFormat | None = None
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
-        {
-            "audio", "function_call", "functions", "metadata", "modalities", "moderation",
-            "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
-            "reasoning_effort", "safety_identifier", "service_tier", "store", "tool_choice", "tools",
-            "verbosity", "web_search_options", "best_of", "echo", "suffix",
-        }
-    )  # fmt: skip
+    UNSUPPORTED: ClassVar[frozenset[str]] = GenerationFields.UNSUPPORTED | {"echo"}
 
     @field_validator("top_logprobs")
     @classmethod

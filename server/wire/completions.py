@@ -17,12 +17,9 @@ class CompletionRequest(GenerationFields):
     echo: bool = False
     logprobs: int | None = Field(None, ge=0)
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
-        {
-            "best_of", "suffix", "response_format", "max_completion_tokens", "top_logprobs", "messages",
-            "tools", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier",
-        }
-    )  # fmt: skip
+    UNSUPPORTED: ClassVar[frozenset[str]] = GenerationFields.UNSUPPORTED | {
+        "response_format", "max_completion_tokens", "top_logprobs", "messages",
+    }  # fmt: skip
 
     @field_validator("prompt", mode="before")
     @classmethod

@@ -1,6 +1,6 @@
 """What chat and completions requests have in common."""
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -89,6 +89,15 @@ class GenerationFields(StrictModel):
     user: str | None = Field(None, max_length=512)
     lora: list[LoraScale] | None = None
     routing: RoutingFields | None = None
+
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset(
+        {
+            "audio", "best_of", "function_call", "functions", "metadata", "modalities", "moderation",
+            "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention",
+            "reasoning_effort", "safety_identifier", "service_tier", "store", "suffix", "tool_choice",
+            "tools", "verbosity", "web_search_options",
+        }
+    )  # fmt: skip
 
     @field_validator("n")
     @classmethod

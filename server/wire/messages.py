@@ -15,7 +15,7 @@ class Message(StrictModel):
     """One turn; parts are joined into one text.
 
     An answer put back as it came is taken: what is null or empty in it is left out, and an assistant that
-    said nothing has the empty text.
+    said nothing has the empty text. One that refused said its refusal.
     """
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -39,8 +39,10 @@ class Message(StrictModel):
             for key, item in value.items()
             if not (key in _LABELS and item in (None, [])) and not (key not in _KNOWN and item is None)
         }
-        if kept.get("role") == "assistant" and "content" in kept and kept["content"] is None:
-            kept["content"] = ""
+        if kept.get("role") == "assistant" and "content" in kept and kept["content"] in (None, ""):
+            # A refusal is what the assistant said in place of a content.
+            refusal = kept.pop("refusal") if isinstance(kept.get("refusal"), str) else ""
+            kept["content"] = refusal
         return kept
 
     @field_validator("content", mode="before")

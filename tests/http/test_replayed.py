@@ -6,6 +6,7 @@ from typing import Any
 import openai
 import pytest
 
+from loramux.server.wire.chat import ChatRequest
 from tests.http.serving import Served, serving
 
 
@@ -84,3 +85,62 @@ def test_a_mixture_that_a_client_wrote_is_not_rounded(served: Served) -> None:
     adapter = served.engine.works[-1].adapter
     gate = adapter.slot.gate  # type: ignore[union-attr]
     assert sorted({round(float(one), 6) for one in gate.flatten()}) == [0.005, 0.333333]
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_refusal_put_back_is_what_the_assistant_said(served: Served, content: str | None) -> None:
+    refused: Any = {"role": "assistant", "content": content, "refusal": "I would rather not."}
+    messages: list[Any] = [{"role": "user", "content": "math"}, refused, {"role": "user", "content": "math"}]
+    served.client.chat.completions.create(model="auto", messages=messages)
+    prompt = served.parts.vocabulary
+    said = "".join(prompt.name(token) for token in served.engine.works[-1].prompt)
+    assert "rather" in said
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [], "functions": [], "tool_choice": "none", "parallel_tool_calls": False},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "metadata": {}},
+        dict.fromkeys(sorted(ChatRequest.UNSUPPORTED)),
+    ],
+    ids=["tools", "defaults", "nulls"],
+)
+def test_completions_take_what_asks_for_nothing_as_chats_do(served: Served, fields: dict[str, Any]) -> None:
+    answer = served.http.post("/v1/completions", json={"model": "auto", "prompt": "a", **fields})
+    assert answer.status_code == 200, answer.text
+
+
+def test_an_overflow_names_the_field_that_asked_for_too_much(served: Served) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        with pytest.raises(openai.BadRequestError) as caught:
+            served.chat("math", **{name: 2000})
+        assert caught.value.param == name
+        assert caught.value.code == "context_length_exceeded"
+        assert "maximum context length is" in str(caught.value)
+        assert "prompt is too long" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
+def test_another_format_is_said_to_be_not_supported(served: Served, kind: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=f"{kind} is not supported"):
+        served.chat("math", response_format={"type": kind})
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages.x.y }}",
+        "{{ messages[0]['content'] + 1 }}",
+        "{{ 1 / 0 }}",
+    ],
+)
+def test_a_template_that_fails_has_its_code(
+    served: Served, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
+    monkeypatch.setattr(served.parts.prompts._tokenizer, "chat_template", template)
+    with pytest.raises(openai.BadRequestError, match="the chat template") as caught:
+        served.chat("math")
+    assert (caught.value.code, caught.value.param) == ("template_error", "messages")
