@@ -15,67 +15,12 @@ from typing import TypeVar
 
 from loramux.adapters.adapter_files import read_object
 from loramux.adapters.errors import AdapterFormatError, BaseMismatchError, UnsupportedAdapterError
+from loramux.adapters.peft_fields import FIELDS, OTHERS, why_refused
 
 MAX_PATTERN = 1000
 MAX_ALPHA = 1e6
 T = TypeVar("T")
 
-_NO_EFFECT = frozenset(
-    {
-        "peft_type",
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "rank_pattern",
-        "alpha_pattern",
-        "r",
-        "lora_alpha",
-        "use_rslora",
-        "init_lora_weights",
-        "bias",
-        "runtime_config",
-        "megatron_core",
-        "qalora_group_size",
-        "loftq_config",
-        "ensure_weight_tying",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-    }
-)
-"""Fields that are read here, or that only matter while training."""
-
-_CHANGES_RESULT = {
-    "use_dora": "DoRA rescales every output column by a learned magnitude",
-    "fan_in_fan_out": "the base weights would be transposed (Conv1D), and only linear modules are served",
-    "lora_bias": "it trains a bias on lora_B",
-    "modules_to_save": "it replaces whole modules of the base",
-    "trainable_token_indices": "it replaces rows of the embedding",
-    "layer_replication": "it changes the layers of the base",
-    "target_parameters": "it adapts bare parameters instead of linear modules",
-    "alora_invocation_tokens": "activated LoRA is switched on by tokens of the prompt",
-    "arrow_config": "Arrow routes every token among several adapters",
-    "use_qalora": "QALoRA pools the input features",
-    "use_bdlora": "BD-LoRA factors are block-diagonal",
-    "kasa_config": "KaSA truncates the base weights and has a third factor",
-    "monteclora_config": "MonteCLoRA adds sampled perturbations",
-    "velora_config": "VeLoRA keeps extra state beside the factors",
-    "megatron_config": "Megatron parallel layers are not served",
-    "use_mica": "MiCA puts the factors at the smallest singular directions of the base and keeps one of them",
-    "lora_nums": "it is a LoRAMoE checkpoint: several experts with a router, not one LoRA",
-    "blc_alpha": "it is a LoRAMoE checkpoint: several experts with a router, not one LoRA",
-    "blc_weight": "it is a LoRAMoE checkpoint: several experts with a router, not one LoRA",
-    "routing_strategy": "it is a MixLoRA checkpoint: routed experts, not one LoRA",
-    "num_experts": "it is a mixture with a router, not one LoRA",
-}
 _BASE_KEEPING_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal"})
 
 
@@ -149,6 +94,7 @@ def read_settings(path: Path, *, base_id: str, any_base: bool) -> LoraSettings:
             f"{path}: base_model_name_or_path is {named!r}, but this base is {base_id!r}; "
             "if the adapter does belong to it, allow any base for this expert"
         )
+    _check_layer_fields(fields, path)
     rslora = fields.get("use_rslora") or False
     if not isinstance(rslora, bool):
         raise AdapterFormatError(f"{path}: use_rslora must be true or false, got {rslora!r}")
@@ -175,6 +121,17 @@ def _targets(fields: Mapping[str, object], path: Path) -> tuple[str, ...] | str:
     return names
 
 
+def _check_layer_fields(fields: Mapping[str, object], path: Path) -> None:
+    """PEFT reads no such config, so nothing says what was meant."""
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(fields.get("target_modules"), str) and fields.get(name) is not None:
+            raise AdapterFormatError(
+                f"{path}: {name} is set, but target_modules is an expression, which says the layers itself"
+            )
+    if fields.get("layers_pattern") and fields.get("layers_to_transform") is None:
+        raise AdapterFormatError(f"{path}: layers_pattern is set without layers_to_transform")
+
+
 def _layers(fields: Mapping[str, object], path: Path) -> frozenset[int] | None:
     value = fields.get("layers_to_transform")
     if value is None or value == []:
@@ -199,7 +156,7 @@ def _layers_patterns(fields: Mapping[str, object], path: Path) -> tuple[re.Patte
 def _refuse_unsupported(fields: Mapping[str, object], path: Path) -> None:
     for name in ("lora_nums", "routing_strategy"):
         if _is_set(fields.get(name)):
-            raise UnsupportedAdapterError(f"{path}: {name} is set: {_CHANGES_RESULT[name]}")
+            raise UnsupportedAdapterError(f"{path}: {name} is set: {OTHERS[name]}")
     kind = fields.get("peft_type")
     if kind != "LORA":
         raise UnsupportedAdapterError(f"{path}: peft_type is {kind!r}; only 'LORA' can be an expert")
@@ -214,10 +171,11 @@ def _refuse_unsupported(fields: Mapping[str, object], path: Path) -> None:
             "adapter to a plain LoRA when saving it (PEFT: path_initial_model_for_weight_conversion)"
         )
     for name, value in fields.items():
-        if name in _NO_EFFECT or not _is_set(value):
+        reason = why_refused(name)
+        if reason is None or not _is_set(value):
             continue
-        if name in _CHANGES_RESULT:
-            raise UnsupportedAdapterError(f"{path}: {name} is set: {_CHANGES_RESULT[name]}")
+        if name in FIELDS or name in OTHERS:
+            raise UnsupportedAdapterError(f"{path}: {name} is set: {reason}")
         raise UnsupportedAdapterError(
             f"{path}: unknown field {name!r} = {str(value)[:60]}; it may change the result, so it is refused"
         )

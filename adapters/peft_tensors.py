@@ -30,6 +30,7 @@ _FOREIGN = (
     (r"modules_to_save", "it replaces a whole module of the base"),
     (r"lora_[AB]\.(.*\.)?bias$", "it is a bias on a LoRA factor"),
     (r"\.bias$", "it is a trained bias of the base"),
+    (r"lm_head\.base_layer", "its lm_head is the output head, which is not served, tied or not"),
     (r"embed|lm_head|base_layer", "it is a weight of the base, saved along with the adapter"),
 )
 
@@ -143,6 +144,10 @@ class _TensorFile:
     def _check_modules(self, found: Iterable[str]) -> None:
         modules, base = set(found), self.base
         strangers = modules - set(base.modules)
+        if heads := [module for module in strangers if module.rpartition(".")[2] == "lm_head"]:
+            raise UnsupportedAdapterError(
+                f"{self.path}: {_some(heads)} is the output head, which is not served, tied or not"
+            )
         if strangers == modules:
             raise BaseMismatchError(
                 f"{self.path}: no module of base {base.id!r} matches; found {_some(strangers)}"
