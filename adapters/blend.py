@@ -13,8 +13,8 @@ from typing import NamedTuple
 from loramux.adapters.errors import BlendError
 
 DEFAULT_GRID = 0.01
-# Fine enough that no weight up to 64 loses more than float32 would lose of it.
-EXACT_GRID = 2.0**-30
+# The least positive float32: what rounds to nothing on this grid is nothing to the operators either.
+EXACT_GRID = 2.0**-149
 DEFAULT_DENSITY = 0.5
 DEFAULT_MAX_WEIGHT = 64.0
 

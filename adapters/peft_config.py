@@ -21,7 +21,7 @@ MAX_PATTERN = 1000
 MAX_ALPHA = 1e6
 T = TypeVar("T")
 
-_BASE_KEEPING_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal"})
+_BASE_KEEPING_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"})
 
 
 @dataclass(frozen=True)

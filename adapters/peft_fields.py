@@ -79,7 +79,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
 _LORAMOE = "it is a LoRAMoE checkpoint: several experts with a router, not one LoRA"
 OTHERS: Mapping[str, str] = MappingProxyType(
     {
-        "use_mica": "MiCA puts the factors at the smallest singular directions of the base and keeps one",
+        "use_mica": "PEFT 0.21 has no such field; its MiCA is init_lora_weights: mica, which is served",
         "lora_nums": _LORAMOE,
         "blc_alpha": _LORAMOE,
         "blc_weight": _LORAMOE,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loramux.adapters.blend import METHOD_OPTIONS, Blend, BlendPart, resolve_method
+from loramux.adapters.blend import EXACT_GRID, METHOD_OPTIONS, Blend, BlendPart, resolve_method
 from loramux.adapters.errors import BlendError
 
 GRIDS = st.sampled_from([0.01, 0.05, 0.1, 0.001, 1.0, 0.3])
@@ -170,3 +170,18 @@ def test_ambiguous_parts_are_refused() -> None:
 
 def test_blends_compare_only_with_blends() -> None:
     assert Blend.bare() != Blend.bare().key
+
+
+@pytest.mark.parametrize("weight", [1 / 3, 0.005, 1e-7, 1e-9, -1e-10, 1e-37, 64.0, -63.999999])
+def test_a_mixture_as_it_was_written_loses_less_than_float32_would(weight: float) -> None:
+    blend = Blend.of([("a", "hash a", weight), ("b", "hash b", 0.5)], grid=EXACT_GRID)
+    kept = {part.expert_id: part.weight for part in blend.parts}
+    assert kept["a"] == pytest.approx(weight, rel=2**-24, abs=0)
+    again = Blend.of(blend.parts, grid=EXACT_GRID)
+    assert again.key == blend.key
+    other = Blend.of([("a", "hash a", weight * (1 - 1e-6)), ("b", "hash b", 0.5)], grid=EXACT_GRID)
+    assert other.key != blend.key
+
+
+def test_a_weight_below_float32_vanishes_and_says_so() -> None:
+    assert Blend.of([("a", "hash a", 1e-46)], grid=EXACT_GRID).vanished

@@ -44,6 +44,7 @@ HARMLESS: list[dict[str, Any]] = [
     {"bias": "lora_only"},
     {"init_lora_weights": "gaussian"},
     {"init_lora_weights": "orthogonal"},
+    {"init_lora_weights": "mica"},
     {"loftq_config": {"loftq_bits": 4}},
     {"eva_config": {"rho": 2.0}},
     {"qalora_group_size": 3},

@@ -25,7 +25,7 @@ REFUSED_CONFIGS: list[tuple[dict[str, Any], type[AdapterError], str]] = [
     ({"peft_type": "MIXLORA", "routing_strategy": "mixlora"}, UnsupportedAdapterError, "MixLoRA"),
     ({"use_dora": True}, UnsupportedAdapterError, "use_dora.*magnitude"),
     ({"bias": "some"}, AdapterFormatError, "bias is 'some'"),
-    ({"use_mica": True}, UnsupportedAdapterError, "use_mica.*MiCA"),
+    ({"use_mica": True}, UnsupportedAdapterError, "use_mica.*init_lora_weights"),
     ({"target_modules": None}, AdapterFormatError, "target_modules is null"),
     ({"layers_to_transform": [0]}, AdapterFormatError, "does not target: model.layers.1.*and 2 more"),
     ({"layers_to_transform": 1}, AdapterFormatError, "does not target: model.layers.0.*and 2 more"),
