@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from loramux.adapters.layers import AdapterLayers
 from loramux.kernels.gated_lora import BARE, Plan, Slot, plan_step
 from loramux.server.engine.batching import Batching
 from loramux.server.engine.hooks import Segment
+from loramux.server.engine.pace import Pace
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineError,
@@ -64,7 +64,7 @@ class LocalEngine:
         self._stats = EngineStats()
         self._closed: str | None = "the engine has not been started"
         self._dead: str | None = None
-        self._ended: deque[float] = deque(maxlen=64)
+        self._pace = Pace(limits.max_running)
         self._step_started = 0.0
         self._chosen: list[tuple[Running, TokenScore]] = []
         self._outbox: list[tuple[Running, Event | EngineError]] = []
@@ -105,8 +105,8 @@ class LocalEngine:
         except EngineError as error:
             await self.stop(0)
             raise type(error)(f"the engine's first step failed: {error}") from error
+        self._pace = Pace(self._limits.max_running, self._stats.step_seconds / max(1, self._stats.steps))
         self._stats = EngineStats()
-        self._ended.clear()
 
     async def stop(self, timeout: float) -> None:
         if self._closed is None:
@@ -130,7 +130,7 @@ class LocalEngine:
                     raise event
                 yield event
                 if isinstance(event, Finished):
-                    self._ended.append(time.monotonic())
+                    self._pace.ended(seq.generated)
                     return
         finally:
             await self._leave(seq)
@@ -154,17 +154,9 @@ class LocalEngine:
                 f"{len(work.prompt)} prompt tokens and {work.sampling.max_tokens} answer tokens "
                 f"exceed the context of {self.max_context}"
             )
-        waiting = sum(not seq.started for seq in self._sequences.values())
-        if waiting >= self._limits.max_waiting:
-            raise EngineOverloaded(waiting, self._wait_seconds(waiting))
-
-    def _wait_seconds(self, waiting: int) -> int:
-        """How long the queue will take at the rate at which sequences have ended of late; 1 to 60."""
-        ended = self._ended
-        if len(ended) < 2 or ended[-1] <= ended[0]:
-            return 1
-        each = (ended[-1] - ended[0]) / (len(ended) - 1)
-        return max(1, min(60, round(each * waiting)))
+        waiting = [seq.work.sampling.max_tokens for seq in self._sequences.values() if not seq.started]
+        if len(waiting) >= self._limits.max_waiting:
+            raise EngineOverloaded(len(waiting), self._pace.wait_seconds(waiting))
 
     def _stop_ids(self, work: Work) -> frozenset[int]:
         return work.sampling.stop_token_ids | (frozenset() if work.sampling.ignore_eos else self._eos_ids)
@@ -239,13 +231,15 @@ class LocalEngine:
         for seq, score in self._chosen:
             self._post(seq, seq.accept(score))
         self._chosen = []
+        seconds = time.monotonic() - self._step_started
+        self._pace.stepped(seconds)
         s = self._stats
         self._stats = replace(
             s,
             steps=s.steps + 1,
             prefill_tokens=s.prefill_tokens + prefill_tokens,
             decode_tokens=s.decode_tokens + decode_tokens,
-            step_seconds=s.step_seconds + time.monotonic() - self._step_started,
+            step_seconds=s.step_seconds + seconds,
         )
         self._flush()
 

@@ -1,6 +1,7 @@
 """The engine against transformers' own generate, alone and in mixed batches, and when things go wrong."""
 
 import asyncio
+import time
 from contextlib import aclosing
 from typing import Any
 
@@ -224,6 +225,29 @@ def test_a_full_queue_is_refused_and_the_rest_is_served() -> None:
     assert refused[0].retry_after >= 1
 
 
+def test_a_full_queue_once_said_one_second_to_everybody_of_the_first_burst() -> None:
+    model = tiny_llama()
+
+    def slow(module: torch.nn.Module, arguments: Any) -> None:
+        time.sleep(0.05)
+
+    model.register_forward_pre_hook(slow)
+
+    async def scenario() -> int:
+        async with running(model, max_running=1, max_waiting=8) as rig:
+            asks = [asyncio.create_task(rig.ask(random_prompt(5), max_tokens=30)) for _ in range(10)]
+            done, others = await asyncio.wait(asks, return_when=asyncio.FIRST_EXCEPTION)
+            [refused] = [ask.exception() for ask in done if ask.exception() is not None][:1]
+            for ask in others:
+                ask.cancel()
+            await asyncio.wait(others)
+            assert isinstance(refused, EngineOverloaded)
+            return refused.retry_after
+
+    # Eight times thirty tokens and a prompt, one after the other, 0.05 seconds each and what the model takes.
+    assert 12 <= asyncio.run(scenario()) <= 60
+
+
 def test_a_step_that_raises_fails_its_requests_and_no_others() -> None:
     model = tiny_llama()
     poison = 299
@@ -358,18 +382,5 @@ def test_a_started_engine_that_dies_says_so(monkeypatch: pytest.MonkeyPatch) -> 
             with pytest.raises(EngineClosed, match="device is gone"):
                 await rig.ask(random_prompt(4))
             assert "device is gone" in (rig.engine.stats().dead or "")
-
-    asyncio.run(scenario())
-
-
-def test_a_full_queue_once_said_one_second_to_everybody() -> None:
-    async def scenario() -> None:
-        async with running(tiny_llama()) as rig:
-            engine = rig.engine
-            assert engine._wait_seconds(300) == 1  # nothing is known yet
-            engine._ended.extend([10.0, 10.5, 11.0, 11.5])
-            assert engine._wait_seconds(40) == 20
-            assert engine._wait_seconds(1) == 1
-            assert engine._wait_seconds(10_000) == 60
 
     asyncio.run(scenario())
