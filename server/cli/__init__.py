@@ -3,6 +3,7 @@
 import importlib
 import sys
 from importlib.metadata import version as installed_version
+from typing import Annotated
 
 import typer
 
@@ -36,6 +37,22 @@ app.command()(convert)
 def version() -> None:
     """Print the version."""
     typer.echo(f"loramux {installed_version('loramux')}")
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end."),
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 def _listed_only() -> None:

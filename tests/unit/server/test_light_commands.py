@@ -8,7 +8,9 @@ import pytest
 HEAVY = ("torch", "transformers", "peft", "sentence_transformers")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["route", "find all txt files"], ["version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["version"], ["route", "find all txt files"]]
+)
 def test_it_once_imported_the_engine(arguments: list[str]) -> None:
     script = f"""
 import sys
