@@ -66,13 +66,13 @@ def create_app(parts: Parts) -> FastAPI:
         redirect_slashes=False,
         middleware=[
             Middleware(Trace, metrics=parts.metrics),
+            *_cors(settings.cors_origins),
             Middleware(
                 Door,
                 host=settings.host,
                 allowed_hosts=settings.allowed_hosts,
                 body_seconds=settings.body_seconds,
             ),
-            *_cors(settings.cors_origins),
             Middleware(
                 Keys, keys=parts.api_keys, admin_key=admin_key, metrics_need_key=settings.metrics_need_key
             ),
@@ -91,7 +91,7 @@ def create_app(parts: Parts) -> FastAPI:
 
 
 def _cors(origins: Sequence[str]) -> list[Middleware]:
-    """Pages of these origins may call; before the keys, because a preflight carries none."""
+    """Pages of these origins may call; before all checks, so that a page can read what they refuse."""
     if not origins:
         return []
     return [

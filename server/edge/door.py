@@ -45,8 +45,9 @@ class Door:
         await self._app(scope, self._timed(receive), send)
 
     def _check(self, headers: Headers, method: str) -> None:
+        # Browsers always send a host; an HTTP/1.0 probe has none, and is no page.
         name = _host_name(headers.get("host", ""))
-        if self._hosts is not None and name not in self._hosts:
+        if self._hosts is not None and name and name not in self._hosts:
             raise Forbidden(
                 f"host {name[:100]!r} is not served; the setting allowed_hosts names more",
                 code="host_refused",
@@ -95,7 +96,7 @@ def _host_name(host: str) -> str:
     """Of `name:port` or `[address]:port`."""
     if host.startswith("["):
         return host[1:].partition("]")[0].lower()
-    return host.partition(":")[0].lower()
+    return host.partition(":")[0].lower().rstrip(".")
 
 
 def _without_body(send: Send) -> Send:

@@ -74,11 +74,12 @@ def test_json_by_any_of_its_names_is_read(served: Served, kind: str) -> None:
 
 
 def test_a_server_on_loopback_answers_to_its_own_names(served: Served, tmp_path: Path) -> None:
-    for host in ("127.0.0.1:1", "localhost", "[::1]:8000", "LOCALHOST:8000"):
+    for host in ("127.0.0.1:1", "localhost", "localhost.:80", "[::1]:8000", "LOCALHOST:8000"):
         assert served.http.get("/health", headers={"host": host}).status_code == 200
     refused = served.http.get("/v1/models", headers={"host": "rebound.example"})
     assert refused.status_code == 403
     assert "rebound.example" in refused.json()["error"]["message"]
+    assert exchange(served, b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200 ")
     with serving(tmp_path, allowed_hosts=["rebound.example"]) as other:
         assert other.http.get("/v1/models", headers={"host": "rebound.example:80"}).status_code == 200
 
@@ -90,7 +91,13 @@ def test_only_the_named_origins_may_call_from_a_page(served: Served) -> None:
 
     assert preflight("https://app.example").headers["access-control-allow-origin"] == "https://app.example"
     assert "access-control-allow-origin" not in preflight("https://evil.example").headers
-    answer = served.http.post("/v1/chat/completions", json=CHAT, headers={"origin": "https://app.example"})
+    page = {"origin": "https://app.example"}
+    refused = served.http.post(
+        "/v1/chat/completions", content="x", headers={**page, "content-type": "text/plain"}
+    )
+    assert refused.status_code == 415
+    assert refused.headers["access-control-allow-origin"] == "https://app.example"
+    answer = served.http.post("/v1/chat/completions", json=CHAT, headers=page)
     assert answer.headers["access-control-allow-origin"] == "https://app.example"
     assert "x-loramux-experts" in answer.headers["access-control-expose-headers"]
 
