@@ -171,11 +171,12 @@ def _refuse_unsupported(fields: Mapping[str, object], path: Path) -> None:
             "adapter to a plain LoRA when saving it (PEFT: path_initial_model_for_weight_conversion)"
         )
     for name, value in fields.items():
-        reason = why_refused(name)
-        if reason is None or not _is_set(value):
+        if not _is_set(value):
             continue
-        if name in FIELDS or name in OTHERS:
+        if (reason := why_refused(name)) is not None:
             raise UnsupportedAdapterError(f"{path}: {name} is set: {reason}")
+        if name in FIELDS:
+            continue
         raise UnsupportedAdapterError(
             f"{path}: unknown field {name!r} = {str(value)[:60]}; it may change the result, so it is refused"
         )

@@ -91,8 +91,6 @@ OTHERS: Mapping[str, str] = MappingProxyType(
 
 
 def why_refused(name: str) -> str | None:
-    """Why an adapter in which this field is set is not served, known field or not; None if it is served."""
+    """Why an adapter in which this field is set is not served; None if it is served, or nobody knows it."""
     known = FIELDS.get(name)
-    if known is not None:
-        return known.refused
-    return OTHERS.get(name, "the field is unknown and may change the result")
+    return OTHERS.get(name) if known is None else known.refused

@@ -27,6 +27,8 @@ _LEGACY_POOLING = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 
+READING_FILE = "reading.json"
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderFiles:
@@ -91,7 +93,7 @@ def fingerprint(files: EncoderFiles) -> str:
     chosen += sorted(files.weights_dir.glob("*.safetensors"))
     if files.weights_dir != files.root:
         chosen.append(files.root / "modules.json")
-    chosen.append(files.root / "reading.json")
+    chosen.append(files.root / READING_FILE)
     for path in chosen:
         if path.is_file():
             digest.update(path.name.encode() + b"\0")

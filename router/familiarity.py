@@ -7,7 +7,7 @@ Cosines cannot say this: to a text about something else one centroid is always t
 the experts is then as sure as ever.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,7 @@ class Familiarity:
     precision: Vectors
     center: float
     scale: float
+    _distances: "Distances" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         dimension = self.means.shape[-1]
@@ -39,11 +40,11 @@ class Familiarity:
             raise RouterError("familiarity holds NaN or infinity")
         if not (np.isfinite(self.center) and np.isfinite(self.scale) and self.scale > 0):
             raise RouterError(f"familiarity: center {self.center} and scale {self.scale} are no curve")
+        object.__setattr__(self, "_distances", Distances(self.means, self.precision))
 
     def probability(self, vectors: Vectors) -> Scores:
         """[n, d] unit vectors -> [n] from 0 (foreign) to 1 (as an expert's own texts)."""
-        nearest = squared_distances(vectors, self.means, self.precision).min(axis=1)
-        return known(nearest, self.center, self.scale)
+        return known(self._distances(vectors).min(axis=1), self.center, self.scale)
 
 
 def known(nearest: Scores, center: float, scale: float) -> Scores:
@@ -52,11 +53,17 @@ def known(nearest: Scores, center: float, scale: float) -> Scores:
     return result
 
 
-def squared_distances(vectors: Vectors, means: Vectors, precision: Vectors) -> Scores:
-    """[n, d] rows -> (x - μ)ᵀ P (x - μ) to every mean [n, k], in float64."""
-    rows, centres, inverse = (part.astype(np.float64) for part in (vectors, means, precision))
-    own = np.einsum("nd,nd->n", rows @ inverse, rows)
-    projected = centres @ inverse
-    constant = np.einsum("kd,kd->k", projected, centres)
-    result: Scores = np.maximum(own[:, None] - 2 * rows @ projected.T + constant, 0.0)
-    return result
+class Distances:
+    """Rows [n, d] -> (x - μ)ᵀ P (x - μ) to every mean [n, k], in float64; what no row changes is kept."""
+
+    def __init__(self, means: Vectors, precision: Vectors) -> None:
+        centres, self._precision = means.astype(np.float64), precision.astype(np.float64)
+        self._projected = centres @ self._precision
+        self._constant = np.einsum("kd,kd->k", self._projected, centres)
+
+    def __call__(self, vectors: Vectors) -> Scores:
+        rows = vectors.astype(np.float64)
+        own = np.einsum("nd,nd->n", rows @ self._precision, rows)
+        found = own[:, None] - 2 * rows @ self._projected.T + self._constant
+        result: Scores = np.maximum(found, 0.0)
+        return result

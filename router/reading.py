@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .encoder_files import READING_FILE as READING_FILE
 from .encoder_files import read_json, read_tokenizer
 from .errors import RouterFileError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-READING_FILE = "reading.json"
 _FIELD = "least_bytes_per_token"
 _LEAST_VOCABULARY = 4096
 # Below what all but one in a thousand of the training texts reach, by a margin for texts unlike them; never

@@ -54,9 +54,6 @@ class AdapterAdmin:
                 found = await asyncio.to_thread(self._read, folder, name, options)
                 if isinstance(found, SparseModel):
                     return await self._shelf.add(found)
-            except AdapterError as error:
-                raise RequestError(str(error), param="lora_path", code="adapter_refused") from None
-            try:
                 self._residency.add_expert(found)
             except AdapterError as error:
                 raise RequestError(str(error), param="lora_path", code="adapter_refused") from None

@@ -1,7 +1,7 @@
 """The names that `model` may have, and what each stands for."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
@@ -102,12 +102,20 @@ class Catalog:
         """Whether something is called that."""
         return name in (AUTO, self.base) or name in self.experts or name in self.sparse
 
+    def cards(self) -> list[dict[str, Any]]:
+        """The `/v1/models` entries."""
+        routed = set(self.routable().values())
+        return [self._card(name, routed) for name in self.names()]
+
     def card(self, model: str) -> dict[str, Any]:
         """The `/v1/models` entry.
 
         Raises:
             UnknownModel: nothing here.
         """
+        return self._card(model, set(self.routable().values()))
+
+    def _card(self, model: str, routed: Set[str]) -> dict[str, Any]:
         kind = self.resolve(model)
         root, parent = {
             Kind.AUTO: (self.base, self.base),
@@ -118,7 +126,7 @@ class Catalog:
         about: dict[str, Any] | None = None
         if kind is Kind.SPARSE:
             about = {"kind": self.sparse[model].kind, **self.sparse[model].summary}
-        elif kind is Kind.EXPERT and model not in self.routable().values():
+        elif kind is Kind.EXPERT and model not in routed:
             about = {"routable": False}
         return model_card(
             model,

@@ -67,8 +67,7 @@ async def _sequence(
                         return
                 case Finished():
                     # An end token has no text, but whoever sums up log-probabilities needs its entry.
-                    ended = ask.score_end and event.score is not None
-                    last = (ScoredToken(event.score, ""),) if ended and event.score else ()
+                    last = () if event.score is None or not ask.score_end else (ScoredToken(event.score, ""),)
                     text = stops.feed(detokenizer.finish()) + stops.finish()
                     yield Delta(index, text, last, finish=event.reason)
 

@@ -10,7 +10,7 @@ from ..classifier import LinearClassifier, softmax
 from ..decision import Strategy
 from ..encoder import EncoderSpec, normalize_rows
 from ..errors import RouterError
-from ..familiarity import Familiarity, known, squared_distances
+from ..familiarity import Distances, Familiarity, known
 from ..index import CentroidIndex
 from ..router import hybrid_scores
 from ..state import Calibration, RouterState, Samples
@@ -124,14 +124,31 @@ def remove_expert(state: RouterState, expert: str) -> RouterState:
 class _Held:
     """Every row as one that nothing was fitted on.
 
-    cosines, logits and squared distances, each [n, k], and the distances again without the row's own expert,
-    to the nearest of the others [n]: those are what a foreign text looks like to this pool.
+    cosines and squared distances to the experts' means, each [n, k].
     """
 
     cosines: Scores
-    logits: Scores
-    nearest: Scores
-    foreign: Scores
+    distances: Scores
+
+    @property
+    def logits(self) -> Scores:
+        """Half the distance is the negative log-likelihood up to a term that the experts share."""
+        return -0.5 * self.distances
+
+    @property
+    def nearest(self) -> Scores:
+        """Distance to the nearest expert [n]."""
+        result: Scores = self.distances.min(axis=1)
+        return result
+
+    def foreign(self, labels: Labels) -> Scores:
+        """Distance to the nearest of the other experts [n]: what a foreign text looks like to this pool."""
+        if self.distances.shape[1] == 1:
+            return np.zeros(0)
+        others = self.distances.copy()
+        others[np.arange(len(labels)), labels] = np.inf
+        result: Scores = others.min(axis=1)
+        return result
 
 
 def _calibrated(
@@ -144,11 +161,12 @@ def _calibrated(
     centring: bool,
     options: RouterFitOptions,
 ) -> RouterState:
-    held = _held(vectors, labels, len(experts), mean, centring, options)
-    temperature = fit_temperature(held.logits, labels, platt_smoothing(len(labels)))
     shrinkage = _shrinkage(vectors, options)
+    fold = _folds(labels, len(experts), options.folds, options.seed)
+    held = _held(vectors, labels, fold, len(experts), mean, centring, shrinkage)
+    temperature = fit_temperature(held.logits, labels, platt_smoothing(len(labels)))
     fitted = fit_discriminant(vectors, labels, len(experts), shrinkage)
-    center, scale = fit_curve(held.nearest, held.foreign)
+    center, scale = fit_curve(held.nearest, held.foreign(labels))
     probabilities = softmax(held.logits / temperature).astype(np.float64)
     probabilities *= known(held.nearest, center, scale)[:, None]
     weight = options.hybrid_weight
@@ -177,22 +195,16 @@ def _calibrated(
 
 
 def _held(
-    vectors: Vectors, labels: Labels, k: int, mean: Vectors, centring: bool, options: RouterFitOptions
+    vectors: Vectors, labels: Labels, fold: Labels, k: int, mean: Vectors, centring: bool, shrinkage: float
 ) -> _Held:
-    fold = _folds(labels, k, options.folds, options.seed)
-    cosines, logits, distances = (np.zeros((len(labels), k)) for _ in range(3))
+    cosines, distances = np.zeros((len(labels), k)), np.zeros((len(labels), k))
     for number in range(int(fold.max()) + 1):
         out = fold == number
         rows, own = vectors[~out], labels[~out]
-        fitted = fit_discriminant(rows, own, k, _shrinkage(vectors, options))
+        fitted = fit_discriminant(rows, own, k, shrinkage)
         cosines[out] = _cosines(vectors[out], mean_centroids(rows, own, k), mean, centring)
-        distances[out] = squared_distances(vectors[out], fitted.means, fitted.precision)
-        # Half the distance is the negative log-likelihood up to a term that the experts share.
-        logits[out] = -0.5 * distances[out]
-    others = distances.copy()
-    others[np.arange(len(labels)), labels] = np.inf
-    foreign = others.min(axis=1) if k > 1 else np.zeros(0)
-    return _Held(cosines, logits, distances.min(axis=1), foreign)
+        distances[out] = Distances(fitted.means, fitted.precision)(vectors[out])
+    return _Held(cosines, distances)
 
 
 def _shrinkage(vectors: Vectors, options: RouterFitOptions) -> float:

@@ -74,12 +74,11 @@ def run(settings: Settings) -> None:
 
         from loramux.server.app import create_app
         from loramux.server.build import build
+        from loramux.server.edge.patience import PatientProtocol
 
         disable_progress_bar()
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         parts = build(settings)
-        from loramux.server.edge.patience import PatientProtocol
-
         config = uvicorn.Config(
             create_app(parts),
             log_level="warning",

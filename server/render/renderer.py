@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
-from loramux.server.events import Closed, Delta, Opened, ScoredToken
+from loramux.server.events import Closed, Delta, Event, Opened, ScoredToken
 from loramux.server.render.envelope import Body, Envelope, Events, headers, usage
 from loramux.server.text.vocabulary import Vocabulary
 
@@ -35,14 +35,13 @@ class Renderer(ABC):
         so_far = Closed(0, 0, 0)
         async with aclosing(events) as items:
             async for event in items:
-                if isinstance(event, Delta) and not event.echo:
-                    so_far = replace(so_far, completion_tokens=so_far.completion_tokens + len(event.tokens))
-                counts = {"usage": usage(so_far)} if self.envelope.continuous_usage else {}
+                counts: dict[str, Any] = {}
+                if self.envelope.continuous_usage:
+                    so_far = _counted(so_far, event)
+                    counts["usage"] = usage(so_far)
                 match event:
                     case Opened():
                         first = headers(event)
-                        so_far = replace(so_far, prompt_tokens=event.prompt_tokens)
-                        counts = {"usage": usage(so_far)} if counts else {}
                         opening = [self.next_choice(Delta(0))]
                         yield self.envelope.chunk(opening, loramux=event.body(), **counts), first
                     case Delta() if event.text or event.finish or (event.tokens and self.logprobs):
@@ -86,3 +85,13 @@ class Renderer(ABC):
     @abstractmethod
     def whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
         """One choice of the whole answer."""
+
+
+def _counted(so_far: Closed, event: Event) -> Closed:
+    """The counts after an event."""
+    match event:
+        case Opened():
+            return replace(so_far, prompt_tokens=event.prompt_tokens)
+        case Delta(echo=False):
+            return replace(so_far, completion_tokens=so_far.completion_tokens + len(event.tokens))
+    return so_far

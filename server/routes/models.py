@@ -14,8 +14,7 @@ def model_routes(parts: Parts) -> APIRouter:
 
     @router.get("/v1/models")
     async def models() -> Response:
-        cards = (catalog.card(name) for name in catalog.names())
-        return Response(encode_json(model_list(cards)), media_type="application/json")
+        return Response(encode_json(model_list(catalog.cards())), media_type="application/json")
 
     # A base id may be a hub id, with a slash in it.
     @router.get("/v1/models/{model:path}")
