@@ -55,7 +55,7 @@ class AdapterLayers:
         for share in plan.shares:
             if share.slot not in self._prepared:
                 self.prepare(share.slot)
-        adds = bool(plan.segments or plan.shares)
+        adds = not plan.is_empty
         if adds is not self._in_place:
             self._put(adds)
         self.current = plan
@@ -135,7 +135,7 @@ class GatedLinear(nn.Module):
 
     def _bind(self, plan: Plan) -> None:
         form = self._layers[0].form
-        self._bound = form.bind(plan, self.path, self._a[0], self._b[0]) if plan.segments else None
+        self._bound = form.bind(plan, self.path, self._a[0], self._b[0]) if plan.gates_rows else None
         if plan.shares:
             self._bound = _with_shares(self._bound, plan.shares, self.path)
         self._bound_plan = plan

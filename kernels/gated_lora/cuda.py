@@ -15,6 +15,8 @@ class TritonForm:
     that a handful of tables serves every batch.
     """
 
+    takes_tables = True
+
     def __init__(self) -> None:
         self._plan = BARE
         self._tables: dict[tuple[int, int, int], SlotTable] = {}
@@ -22,6 +24,8 @@ class TritonForm:
         self._modules: frozenset[str] = frozenset()
 
     def bind(self, plan: Plan, module: str, a: Tensor, b: Tensor) -> Bound | None:
+        if plan.table is not None:
+            return _with_table(plan.table, a, b)
         if plan is not self._plan:
             self._table = self._filled(plan, a)
             self._modules = frozenset[str]().union(*(segment.slot.modules for segment in plan.segments))
@@ -55,6 +59,15 @@ class TritonForm:
             table = self._tables[size] = SlotTable(*size, max_rows=a.shape[0], device=a.device)
         table.fill(segments)
         return table
+
+
+def _with_table(table: SlotTable, a: Tensor, b: Tensor) -> Bound:
+    """What a table will say by the time this is replayed."""
+
+    def apply(y: Tensor, x: Tensor) -> None:
+        gated_lora_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, table)
+
+    return apply
 
 
 def _capacity(count: int) -> int:

@@ -28,6 +28,8 @@ class DenseForm:
     """Long segments multiply their own rows; short ones share a dense gate over the union of theirs, because
     at a handful of tokens the number of calls costs more than the rows that are multiplied by zero."""
 
+    takes_tables = False
+
     def __init__(self) -> None:
         self._plan = BARE
         self._runs: list[Run] = []

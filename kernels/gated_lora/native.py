@@ -66,6 +66,8 @@ class NativeForm:
         RuntimeError: when made without a library, or for dtypes that it has no kernel for.
     """
 
+    takes_tables = False
+
     def __init__(self, activations: torch.dtype, factors: torch.dtype) -> None:
         found = library()
         name = FUNCTIONS.get((activations, factors))

@@ -2,11 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from loramux.kernels.gated_lora.shares import Share, TokenSlot, share_out
+
+if TYPE_CHECKING:
+    from loramux.kernels.gated_lora.slots import SlotTable
 
 Extent = tuple[int, int]
 
@@ -64,16 +68,25 @@ class Plan:
     """The segments of a step that use blends, and the shares of slots whose gates depend on the token. An
     empty plan is a batch of the bare base.
 
+    A captured step has a `table` in place of segments: it is filled anew before every replay, and every
+    module adds what it says, for as many tokens as it has room for.
+
     Plans are compared by identity: what a layer derives from one stays valid for as long as it is the same
     object.
     """
 
     segments: tuple[Segment, ...] = ()
     shares: tuple[Share, ...] = ()
+    table: "SlotTable | None" = None
 
     @property
     def is_empty(self) -> bool:
-        return not self.segments and not self.shares
+        return not self.segments and not self.shares and self.table is None
+
+    @property
+    def gates_rows(self) -> bool:
+        """Whether any token uses rows of the stacked factors."""
+        return bool(self.segments) or self.table is not None
 
 
 BARE = Plan()

@@ -1,102 +1,153 @@
-"""Attention over a packed batch, one request at a time: what a CPU does best without a varlen kernel.
+"""How a model of transformers reads and writes the paged cache: through an attention function of ours."""
 
-The stock SDPA path masks one dense block of all queries against all keys of the batch, so that sixteen
-requests pay for sixteen times the keys they need. Here each request sees its own keys only, grouped-query
-heads stay grouped, and no mask is built for a decode step or a whole prompt.
-"""
-
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-PER_REQUEST = "loramux_per_request"
+from loramux.kernels.paged_attention import Rows, Scores, choose_form, prompt_attention, store_
+
+#: Its name in a model's config. Transformers makes no mask for a name that it has no mask function for.
+PAGED = "loramux_paged"
 
 
-def per_request_attention(
+@dataclass(frozen=True, eq=False, slots=True)
+class Piece:
+    """Tokens of one prompt in a packed batch.
+
+    Attributes:
+        tokens: their places in the batch.
+        start: how many tokens of the sequence came before them.
+        pages: of the whole sequence, as far as it is computed after this step.
+    """
+
+    tokens: slice
+    start: int
+    pages: Items[int]
+
+    @property
+    def end(self) -> int:
+        return int(self.start + self.tokens.stop - self.tokens.start)
+
+
+class PagedAttention:
+    """The cache's tensors, and what the current step needs to find its way in them.
+
+    Each layer's keys and values are [pages, page size, kv heads, dim], made when the layer first attends. One
+    page more than `pages` belongs to nobody: rows of padding are written there.
+    """
+
+    def __init__(self, pages: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.pages = pages
+        self.page_size = page_size
+        self._dtype = dtype
+        self._device = device
+        self._form = choose_form(device, dtype)
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._scores: dict[int, Scores] = {}
+        self._rows: Rows | None = None
+        self._count = 0
+        self._slots: Tensor | None = None
+        self._pieces: Items[Piece] = ()
+
+    @property
+    def padding_slot(self) -> int:
+        """Where rows of padding are written."""
+        return self.pages * self.page_size
+
+    @property
+    def layers(self) -> int:
+        """Layers that have attended so far."""
+        return len(self._layers)
+
+    def plan(self, rows: Rows | None, slots: Tensor | None = None, pieces: Items[Piece] = ()) -> None:
+        """The next step: single tokens first, then pieces of prompts, which go to `slots`."""
+        self._rows, self._slots, self._pieces = rows, slots, pieces
+        self._count = 0 if rows is None else rows.lengths.shape[0]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """Query [T, heads, dim], key and value [T, kv heads, dim] of all tokens of the step; the result is
+        [T, heads, value dim]."""
+        keys, values = self._layers.get(layer) or self._make(layer, key, value)
+        count = self._count
+        if not self._pieces:
+            assert self._rows is not None  # a step has tokens
+            return self._form.attend(query, key, value, keys, values, self._rows, scores)
+        assert self._slots is not None  # given with the pieces
+        out = query.new_empty(*query.shape[:2], value.shape[-1])
+        if self._rows is not None:
+            mine = (query[:count], key[:count], value[:count])
+            out[:count] = self._form.attend(*mine, keys, values, self._rows, scores)
+        store_(keys, values, key[count:], value[count:], self._slots)
+        for piece in self._pieces:
+            at = piece.tokens
+            if piece.start:
+                sides = self._taken(keys, piece, scores), self._taken(values, piece, scores)
+            else:  # a prompt from its first token on needs nothing from the cache
+                sides = key[at], value[at]
+            out[at] = prompt_attention(query[at], *sides, scores)
+        return out
+
+    def scores_of(self, layer: int, module: nn.Module, scale: float, options: dict[str, Any]) -> Scores:
+        """How a layer makes weights, which it says anew in each step and never changes."""
+        found = self._scores.get(layer)
+        if found is None:
+            sinks = options.get("s_aux")
+            sinks = getattr(module, "sinks", None) if sinks is None else sinks
+            found = Scores(scale, options.get("sliding_window"), options.get("softcap"), sinks)
+            self._scores[layer] = found
+        return found
+
+    def _make(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        if key.dtype != self._dtype:
+            raise ValueError(f"layer {layer} has {key.dtype} keys, the cache was planned for {self._dtype}")
+        shape = (self.pages + 1, self.page_size)
+        made = tuple(
+            torch.zeros(*shape, *part.shape[1:], dtype=self._dtype, device=self._device)
+            for part in (key, value)
+        )
+        self._layers[layer] = pair = (made[0], made[1])
+        return pair
+
+    def _taken(self, cache: Tensor, piece: Piece, scores: Scores) -> Tensor:
+        """All of a sequence's tokens that a piece may see, [n, kv heads, dim]; a view where its pages are
+        neighbours."""
+        first = 0 if scores.window is None else max(0, piece.start - scores.window) // self.page_size
+        pages = piece.pages[first : -(-piece.end // self.page_size)]
+        count = piece.end - first * self.page_size
+        if pages[-1] - pages[0] == len(pages) - 1 and all(b - a == 1 for a, b in pairwise(pages)):
+            begin = pages[0] * self.page_size
+            return cache.view(-1, *cache.shape[2:])[begin : begin + count]
+        return cache[torch.tensor(pages, device=cache.device)].flatten(0, 1)[:count]
+
+
+def paged_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,  # noqa: ARG001 - the interface passes it; here every request is causal
+    attention_mask: Tensor | None,  # noqa: ARG001 - the interface passes it; here every sequence is causal
     scaling: float | None = None,
-    **kwargs: Any,
+    paged: PagedAttention | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Update the paged cache, then attend request by request.
-
-    Shapes: query [1, heads, Q, dim], key and value [1, kv heads, Q, dim], packed over the batch's requests;
-    the result is [1, Q, heads, dim].
+    """Attention as `AttentionInterface` has it: query [1, heads, T, dim], key and value [1, kv heads, T,
+    dim], packed over the batch's sequences; the result is [1, T, heads, dim].
 
     Raises:
-        ValueError: for attention sinks, which this form does not compute, or without a paged cache.
+        ValueError: without a paged cache: the model does not pass on what its forward is given.
     """
-    if kwargs.get("s_aux") is not None or getattr(module, "sinks", None) is not None:
-        raise ValueError(
-            f"{type(module).__name__} uses attention sinks, which are not supported on this device"
-        )
-    cache = kwargs.get("cache")
-    if cache is None:
-        raise ValueError(f"the attention {PER_REQUEST!r} works on a paged cache only")
-    key, value = cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-    q_bounds = kwargs["cu_seq_lens_q"].tolist()
-    k_bounds = kwargs["cu_seq_lens_k"].tolist()
-    window = kwargs.get("sliding_window")
-    softcap = kwargs.get("softcap")
-    out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-    for q0, q1, k0, k1 in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:], strict=False):
-        part = _attend(query[:, :, q0:q1], key[:, :, k0:k1], value[:, :, k0:k1], scaling, window, softcap)
-        out[:, q0:q1] = part.transpose(1, 2)
-    return out, None
+    if paged is None:
+        raise ValueError(f"{type(module).__name__} does not pass the paged cache on to its attention")
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    scores = paged.scores_of(layer, module, scale, options)
+    query, key, value = (part[0].transpose(0, 1) for part in (query, key, value))
+    return paged.attend(layer, query, key, value, scores).unsqueeze(0), None
 
 
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Causal attention of the last queries of one request over all its keys, [1, heads, q, dim]."""
-    n_q, n_k = query.shape[2], key.shape[2]
-    windowed = window is not None and n_k > window
-    if softcap is not None:
-        return _soft_capped(query, key, value, scaling, _visible(n_q, n_k, window, query.device), softcap)
-    if n_q == 1 and not windowed:
-        # One query token: fold the group of query heads into the query axis, so that keys are read once.
-        kv_heads = key.shape[1]
-        grouped = query.reshape(1, kv_heads, -1, query.shape[-1])
-        return scaled_dot_product_attention(grouped, key, value, scale=scaling).reshape(
-            1, query.shape[1], 1, value.shape[-1]
-        )
-    if n_q == n_k and not windowed:
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    mask = _visible(n_q, n_k, window, query.device)
-    return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True)
-
-
-def _visible(n_q: int, n_k: int, window: int | None, device: torch.device) -> Tensor:
-    """Boolean [q, k]: key j is visible to query i when it is not later, and not out of the window."""
-    positions = torch.arange(n_k - n_q, n_k, device=device)[:, None]
-    keys = torch.arange(n_k, device=device)[None, :]
-    visible = keys <= positions
-    if window is not None:
-        visible &= keys > positions - window
-    return visible
-
-
-def _soft_capped(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, visible: Tensor, softcap: float
-) -> Tensor:
-    """Scores squashed to ±softcap before the softmax (Gemma 2), which SDPA does not offer."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~visible, float("-inf"))
-    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
-
-
-AttentionInterface.register(PER_REQUEST, per_request_attention)
+AttentionInterface.register(PAGED, paged_attention)

@@ -1,19 +1,22 @@
-"""The engine of this process: continuous batching over one base model, every request with its own blend."""
+"""The engine of this process: continuous batching over one base model, every sequence with its own blend."""
 
 import asyncio
+import logging
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Items
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
+from typing import Literal
 
-from torch import Tensor
+import torch
 from transformers import PreTrainedModel
 
 from loramux.adapters.layers import AdapterLayers
-from loramux.kernels.gated_lora import BARE, Plan, Slot, plan_step
-from loramux.server.engine.batching import Batching
-from loramux.server.engine.hooks import Segment
 from loramux.server.engine.pace import Pace
+from loramux.server.engine.pages import Pages
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineError,
@@ -25,13 +28,18 @@ from loramux.server.engine.protocol import (
     TokenScore,
     Work,
 )
-from loramux.server.engine.running import Running
+from loramux.server.engine.runner import Runner
+from loramux.server.engine.sampler import Sampler, prompt_scores
+from loramux.server.engine.scheduler import Chunk, Scheduler
+from loramux.server.engine.sequence import Sequence
+
+log = logging.getLogger("loramux")
 
 
 @dataclass(frozen=True)
 class EngineLimits:
     """How much runs at once. `kv_tokens` is shared by all running sequences; longer prompts are cut into
-    chunks of at most `max_batch_tokens`."""
+    pieces of at most `max_batch_tokens`. With `graphs`, decode steps are captured as CUDA graphs."""
 
     max_running: int = 32
     max_waiting: int = 256
@@ -39,50 +47,56 @@ class EngineLimits:
     page_size: int = 32
     max_batch_tokens: int = 1024
     prefix_sharing: bool = True
+    graphs: bool = False
+
+
+#: Told to the stepping thread.
+_Command = tuple[Literal["add", "cancel"], Sequence]
 
 
 class LocalEngine:
-    """Implements `Engine`, and `StepHooks` for its batching.
-
-    The event loop submits and cancels, one thread steps; events cross over at the end of a step, all in
-    one call.
-    """
+    """Implements `Engine`. The event loop adds and cancels sequences, one thread steps; events cross over at
+    the end of a step, all in one call."""
 
     def __init__(
         self,
         model: PreTrainedModel,
         layers: AdapterLayers,
         *,
-        eos_ids: Sequence[int],
+        eos_ids: Items[int],
         limits: EngineLimits | None = None,
     ) -> None:
         self._model = model
-        self._layers = layers
         self._eos_ids = frozenset(eos_ids)
         self._limits = limits = limits or EngineLimits()
-        self._sequences: dict[str, Running] = {}
+        pages = Pages(
+            -(-limits.kv_tokens // limits.page_size), limits.page_size, sharing=limits.prefix_sharing
+        )
+        max_tokens = max(limits.max_batch_tokens, limits.max_running)
+        self._scheduler = Scheduler(pages, max_running=limits.max_running, max_tokens=max_tokens)
+        self._runner = Runner(
+            model,
+            layers,
+            pages=pages.count,
+            page_size=limits.page_size,
+            max_tokens=max_tokens,
+            max_running=limits.max_running,
+            max_context=self.max_context,
+            graphs=limits.graphs,
+        )
+        self._sampler = Sampler()
+        self._sequences: dict[str, Sequence] = {}
         self._stats = EngineStats()
         self._closed: str | None = "the engine has not been started"
         self._dead: str | None = None
         self._pace = Pace(limits.max_running)
-        self._step_started = 0.0
-        self._chosen: list[tuple[Running, TokenScore]] = []
-        self._outbox: list[tuple[Running, Event | EngineError]] = []
-        self._plan_key: tuple[tuple[int, int], ...] = ()
-        self._plan_slots: list[tuple[Slot | None, int]] = []
-        self._plan = BARE
-        self._batching = Batching(
-            model,
-            self,
-            page_size=limits.page_size,
-            pages=-(-limits.kv_tokens // limits.page_size),
-            max_batch_tokens=limits.max_batch_tokens,
-            max_running=limits.max_running,
-            prefix_sharing=limits.prefix_sharing,
-            on_death=self._died,
-        )
+        self._commands: deque[_Command] = deque()
+        self._wake = threading.Event()
+        self._stopping: Literal["no", "finish", "now"] = "no"
+        self._outbox: list[tuple[Sequence, Event | EngineError]] = []
+        self._thread: threading.Thread | None = None
 
-    # Engine: called on the event loop
+    # Called on the event loop
 
     @property
     def max_context(self) -> int:
@@ -96,12 +110,15 @@ class LocalEngine:
             EngineError: that step failed; nothing is running.
         """
         self._closed = None
-        self._batching.start()
+        # A daemon: a process that ends without a proper stop must not hang on this thread.
+        self._thread = threading.Thread(target=self._run, name="loramux-engine", daemon=True)
+        self._thread.start()
         probe = Work("probe", (0,), Sampling(max_tokens=1, temperature=0.0))
         try:
             async with aclosing(self.run(probe)) as events:
                 async for _ in events:
                     pass
+            self._check_layers()
         except EngineError as error:
             await self.stop(0)
             raise type(error)(f"the engine's first step failed: {error}") from error
@@ -111,36 +128,31 @@ class LocalEngine:
     async def stop(self, timeout: float) -> None:
         if self._closed is None:
             self._closed = "the server is shutting down"
-        await asyncio.to_thread(self._batching.shutdown, timeout)
+        await asyncio.to_thread(self._shut_down, timeout)
 
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         self._admit(work)
-        seq = Running(work, self._stop_ids(work), asyncio.get_running_loop())
-        self._sequences[work.id] = seq
+        sequence = Sequence(work, self._stop_ids(work), asyncio.get_running_loop())
+        self._sequences[work.id] = sequence
         try:
-            try:
-                self._batching.submit(
-                    work.id, work.prompt, max_tokens=work.sampling.max_tokens, stop_ids=tuple(seq.stop_ids)
-                )
-            except RuntimeError as error:
-                raise EngineClosed(str(error)) from error
+            self._tell("add", sequence)
             while True:
-                event = await seq.events.get()
+                event = await sequence.events.get()
                 if isinstance(event, EngineError):
                     raise event
                 yield event
                 if isinstance(event, Finished):
-                    self._pace.ended(seq.generated)
+                    self._pace.ended(sequence.generated)
                     return
         finally:
-            await self._leave(seq)
+            await self._leave(sequence)
 
     def stats(self) -> EngineStats:
-        running = sum(seq.started for seq in list(self._sequences.values()))
+        running = sum(sequence.started for sequence in list(self._sequences.values()))
         waiting = len(self._sequences) - running
-        return replace(
-            self._stats, running=running, waiting=waiting, kv_usage=self._batching.kv_usage, dead=self._dead
-        )
+        pages = self._scheduler.pages
+        usage = 1 - pages.free / pages.count
+        return replace(self._stats, running=running, waiting=waiting, kv_usage=usage, dead=self._dead)
 
     def _admit(self, work: Work) -> None:
         if self._closed is not None:
@@ -154,123 +166,164 @@ class LocalEngine:
                 f"{len(work.prompt)} prompt tokens and {work.sampling.max_tokens} answer tokens "
                 f"exceed the context of {self.max_context}"
             )
-        waiting = [seq.work.sampling.max_tokens for seq in self._sequences.values() if not seq.started]
+        waiting = [one.work.sampling.max_tokens for one in self._sequences.values() if not one.started]
         if len(waiting) >= self._limits.max_waiting:
             raise EngineOverloaded(len(waiting), self._pace.wait_seconds(waiting))
 
     def _stop_ids(self, work: Work) -> frozenset[int]:
         return work.sampling.stop_token_ids | (frozenset() if work.sampling.ignore_eos else self._eos_ids)
 
-    async def _leave(self, seq: Running) -> None:
+    async def _leave(self, sequence: Sequence) -> None:
         """Take the sequence out; returns when no later step can touch its adapter."""
-        if not seq.finished and self._batching.is_running():
-            self._batching.cancel_request(seq.work.id)
+        if not sequence.finished:
+            self._tell("cancel", sequence)
             # A second cancellation of this task must not skip the wait: the adapter's rows are still in use.
-            waiter = asyncio.ensure_future(seq.gone.wait())
+            waiter = asyncio.ensure_future(sequence.gone.wait())
             cancelled = False
             while not waiter.done():
                 try:
                     await asyncio.shield(waiter)
                 except asyncio.CancelledError:
                     cancelled = True
-            self._sequences.pop(seq.work.id, None)
+            self._sequences.pop(sequence.work.id, None)
             if cancelled:
                 raise asyncio.CancelledError
-        self._sequences.pop(seq.work.id, None)
+        self._sequences.pop(sequence.work.id, None)
 
-    # StepHooks: called on the stepping thread
+    def _tell(self, what: Literal["add", "cancel"], sequence: Sequence) -> None:
+        self._commands.append((what, sequence))
+        self._wake.set()
+        if self._thread is None or not self._thread.is_alive():  # nobody will read it
+            self._end(EngineClosed(self._dead or "the engine has stopped"))
 
-    def salt(self, request_id: str) -> str | None:
-        seq = self._sequences.get(request_id)
-        return None if seq is None or seq.handle is None else seq.handle.key
+    def _shut_down(self, timeout: float) -> None:
+        """Let what runs finish for `timeout` seconds, then fail the rest. Blocks until the thread has
+        ended."""
+        if self._thread is None:
+            return
+        for wish, patience in (("finish", timeout), ("now", None)):
+            self._stopping = wish  # type: ignore[assignment]
+            self._wake.set()
+            self._thread.join(patience)
+            if not self._thread.is_alive():
+                return
 
-    def may_share(self, request_id: str) -> bool:
-        seq = self._sequences.get(request_id)
-        return seq is not None and not seq.needs_prompt_scores
+    def _check_layers(self) -> None:
+        """Every layer has to keep its past in the paged cache: one that keeps none would answer nonsense."""
+        config = self._model.config.get_text_config()
+        if self._runner.layers_seen != config.num_hidden_layers:
+            raise EngineError(
+                f"{type(self._model).__name__} has {config.num_hidden_layers} layers, of which "
+                f"{self._runner.layers_seen} attend through transformers' AttentionInterface; "
+                "other layers are not supported"
+            )
 
-    def before_forward(self, segments: Sequence[Segment], positions: Sequence[int]) -> None:
-        self._step_started = time.monotonic()
-        hit = 0
-        for (request_id, _), position in zip(segments, positions, strict=True):
-            seq = self._sequences.get(request_id)
-            if seq is not None and not seq.started:
-                hit += position
-                self._post(seq, seq.start(position))
-        self._stats = replace(self._stats, prefix_hit_tokens=self._stats.prefix_hit_tokens + hit)
+    # Called on the stepping thread
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self._runner.start()
+            while self._stopping != "now":
+                self._listen()
+                if not self._scheduler.is_idle:
+                    self._step()
+                elif self._stopping != "no":
+                    break
+                else:
+                    self._wake.wait()
+        except BaseException as fault:
+            log.exception("the engine died")
+            error = fault
+        self._runner.stop()
+        reason = "the engine has stopped" if error is None else f"the engine died: {error}"
+        if error is not None or self._closed is None:
+            self._closed = self._dead = reason
+        self._end(EngineClosed(reason))
+
+    def _listen(self) -> None:
+        """Take what the event loop has asked for since the last step."""
+        self._wake.clear()
+        while self._commands:
+            what, sequence = self._commands.popleft()
+            if what == "add":
+                self._scheduler.add(sequence)
+            else:
+                self._scheduler.remove(sequence)
+                _call(sequence.loop, sequence.gone.set)
+
+    def _step(self) -> None:
+        chunks = self._scheduler.next()
+        started = time.monotonic()
+        hits = 0
+        for chunk in chunks:
+            if not chunk.sequence.started:
+                hits += chunk.start
+                self._post(chunk.sequence, chunk.sequence.start(chunk.start))
         self._flush()  # the wait in the queue ends now, not when the step does
-        self._layers.plan = self._plan_for(segments)
-
-    def after_forward(self) -> None:
-        self._layers.plan = BARE
-
-    def scored_prompt(self, request_id: str) -> tuple[tuple[int, ...], int] | None:
-        seq = self._sequences.get(request_id)
-        if seq is None or not seq.needs_prompt_scores:
-            return None
-        return seq.work.prompt, seq.work.prompt_logprobs or 0
-
-    def add_prompt_scores(self, request_id: str, scores: list[TokenScore]) -> None:
-        seq = self._sequences.get(request_id)
-        if seq is not None:
-            seq.prompt_scores += scores
-
-    def sample(self, request_ids: Sequence[str], logits: Tensor) -> list[int]:
-        sequences = [self._sequences.get(request_id) for request_id in request_ids]
-        greedy = logits.argmax(dim=-1).tolist()
-        tokens: list[int] = []
-        for seq, row, best in zip(sequences, logits, greedy, strict=True):
-            if seq is None:  # its client has left; the cancel is on its way
-                tokens.append(best)
+        try:
+            chosen = self._compute(chunks)
+        except Exception as error:
+            # Whatever it was (out of memory, a shape a custom layer did not expect), it concerns this batch.
+            self._fail(chunks, error)
+            return
+        self._scheduler.done(chunks)
+        for sequence, score in chosen:
+            if score is None:
+                self._drop(sequence, "the distribution of the next token is not finite")
                 continue
-            score = TokenScore(best) if seq.sampler.is_plain_greedy else seq.sampler.sample(row)
-            tokens.append(score.id)
-            self._chosen.append((seq, score))
-        return tokens
+            self._post(sequence, sequence.accept(score))
+            if sequence.finished:
+                self._scheduler.remove(sequence)
+        self._count(chunks, time.monotonic() - started, hits)
+        self._flush()
 
-    def stepped(self, prefill_tokens: int, decode_tokens: int) -> None:
-        for seq, score in self._chosen:
-            self._post(seq, seq.accept(score))
-        self._chosen = []
-        seconds = time.monotonic() - self._step_started
+    def _compute(self, chunks: Items[Chunk]) -> list[tuple[Sequence, TokenScore | None]]:
+        """The next token of every sequence whose known tokens are all computed after this step."""
+        logits = self._runner.run(chunks)
+        for chunk, rows in zip(chunks, logits.rows, strict=True):
+            if chunk.sequence.needs_prompt_scores:
+                chunk.sequence.prompt_scores += prompt_scores(logits.values[rows], chunk)
+        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
+        if not sequences:
+            return []
+        last = [rows.stop - 1 for chunk, rows in zip(chunks, logits.rows, strict=True) if chunk.samples]
+        values, best = logits.values, logits.best
+        if last != list(range(len(values))):
+            at = torch.tensor(last, device=values.device)
+            values, best = values[at], None if best is None else best[at]
+        return list(zip(sequences, self._sampler.choose(values, sequences, best), strict=True))
+
+    def _fail(self, chunks: Items[Chunk], error: Exception) -> None:
+        log.warning("a step failed: %s", error, exc_info=log.isEnabledFor(logging.DEBUG))
+        for chunk in chunks:
+            self._drop(chunk.sequence, str(error) or type(error).__name__)
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+        self._flush()
+
+    def _drop(self, sequence: Sequence, error: str) -> None:
+        self._scheduler.remove(sequence)
+        sequence.finished = True
+        self._post(sequence, [EngineError(f"the generation step failed: {error}")])
+
+    def _count(self, chunks: Items[Chunk], seconds: float, hits: int) -> None:
+        decodes = sum(chunk.length == 1 for chunk in chunks)
+        prompts = sum(chunk.length for chunk in chunks) - decodes
         self._pace.stepped(seconds)
+        self._scheduler.tempo.stepped(seconds, prompts, decodes)
         s = self._stats
         self._stats = replace(
             s,
             steps=s.steps + 1,
-            prefill_tokens=s.prefill_tokens + prefill_tokens,
-            decode_tokens=s.decode_tokens + decode_tokens,
+            prefill_tokens=s.prefill_tokens + prompts,
+            decode_tokens=s.decode_tokens + decodes,
+            prefix_hit_tokens=s.prefix_hit_tokens + hits,
             step_seconds=s.step_seconds + seconds,
         )
-        self._flush()
 
-    def failed(self, request_id: str, error: str) -> None:
-        self._chosen = [(seq, score) for seq, score in self._chosen if seq.work.id != request_id]
-        seq = self._sequences.get(request_id)
-        if seq is not None:
-            seq.finished = True
-            self._post(seq, [EngineError(f"the generation step failed: {error}")])
-            self._flush()
-
-    def cancelled(self, request_ids: set[str]) -> None:
-        for request_id in request_ids:
-            seq = self._sequences.get(request_id)
-            if seq is not None:
-                _call(seq.loop, seq.gone.set)
-
-    def _plan_for(self, segments: Sequence[Segment]) -> Plan:
-        """The plan of this step; a decode step over the same requests as the last one reuses its plan."""
-        slots: list[tuple[Slot | None, int]] = []
-        for request_id, length in segments:
-            seq = self._sequences.get(request_id)
-            slots.append((None if seq is None or seq.handle is None else seq.handle.slot, length))
-        key = tuple((id(slot), length) for slot, length in slots)
-        if key != self._plan_key:
-            self._plan, self._plan_key = plan_step(slots), key
-            self._plan_slots = slots  # keeps the slots alive, so that an id in the key cannot be reused
-        return self._plan
-
-    def _post(self, seq: Running, events: Sequence[Event | EngineError]) -> None:
-        self._outbox += [(seq, event) for event in events]
+    def _post(self, sequence: Sequence, events: Items[Event | EngineError]) -> None:
+        self._outbox += [(sequence, event) for event in events]
 
     def _flush(self) -> None:
         """Deliver everything of this step in one call to the event loop."""
@@ -278,22 +331,19 @@ class LocalEngine:
         if outbox:
             _call(outbox[0][0].loop, lambda: _deliver(outbox))
 
-    def _died(self, error: BaseException | None) -> None:
-        """The stepping thread has ended: nobody may wait for it any more."""
-        reason = f"the engine died: {error}" if error is not None else "the engine has stopped"
-        if error is not None or self._closed is None:
-            self._closed = self._dead = reason
-        for seq in list(self._sequences.values()):
-            if not seq.finished:
-                seq.finished = True
-                self._post(seq, [EngineClosed(reason)])
-            _call(seq.loop, seq.gone.set)
+    def _end(self, error: EngineClosed) -> None:
+        """No further step will be made: nobody may wait for one any more."""
+        for sequence in list(self._sequences.values()):
+            if not sequence.finished:
+                sequence.finished = True
+                self._post(sequence, [error])
+            _call(sequence.loop, sequence.gone.set)
         self._flush()
 
 
-def _deliver(outbox: Sequence[tuple[Running, Event | EngineError]]) -> None:
-    for seq, event in outbox:
-        seq.events.put_nowait(event)
+def _deliver(outbox: Items[tuple[Sequence, Event | EngineError]]) -> None:
+    for sequence, event in outbox:
+        sequence.events.put_nowait(event)
 
 
 def _call(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:

@@ -10,7 +10,6 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from loramux.adapters.base_shapes import BaseShapes
-from loramux.server.engine.batching import Batching
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineError,
@@ -20,6 +19,7 @@ from loramux.server.engine.protocol import (
     Started,
     Token,
 )
+from loramux.server.engine.runner import Runner
 from tests.tiny import VOCABULARY, greedy, random_adapter, random_prompt, running, tiny_llama, with_delta
 
 
@@ -351,10 +351,10 @@ def test_windows_and_soft_caps_equal_the_models_own_attention(family: str) -> No
 def test_an_engine_that_cannot_take_its_first_step_once_said_it_was_ready(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(_: Batching) -> None:
+    def refuse(*_: object) -> None:
         raise MemoryError("Memory footprint 12251269376 is more than available memory 9696782745")
 
-    monkeypatch.setattr(Batching, "_create_batch_processor", refuse)
+    monkeypatch.setattr(Runner, "run", refuse)
 
     async def scenario() -> None:
         with pytest.raises(EngineError, match=r"first step failed.*Memory footprint"):
@@ -373,10 +373,10 @@ def test_a_started_engine_that_dies_says_so(monkeypatch: pytest.MonkeyPatch) -> 
             def fail(*_: object) -> None:
                 raise RuntimeError("the device is gone")
 
-            monkeypatch.setattr(rig.engine._batching.batch_processor, "prepare_next_batch", fail)
+            monkeypatch.setattr(rig.engine._scheduler, "next", fail)
             with pytest.raises(EngineError, match="device is gone"):
                 await rig.ask(random_prompt(4))
-            thread = rig.engine._batching._generation_thread
+            thread = rig.engine._thread
             assert thread is not None
             await asyncio.to_thread(thread.join, 30)
             with pytest.raises(EngineClosed, match="device is gone"):

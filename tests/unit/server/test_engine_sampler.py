@@ -1,5 +1,7 @@
 """Sampling against transformers' own warpers, and draws against the distribution they come from."""
 
+import asyncio
+
 import pytest
 import torch
 from transformers import (
@@ -11,8 +13,53 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loramux.server.engine.protocol import Sampling
-from loramux.server.engine.sampler import Sampler, next_token_distribution, token_score
+from loramux.server.engine.protocol import Sampling, TokenScore, Work
+from loramux.server.engine.sampler import (
+    Draws,
+    Sampler,
+    adjust_,
+    draw,
+    kept_weights,
+    token_score,
+    uniforms,
+)
+from loramux.server.engine.sequence import Sequence
+
+# No events are delivered here.
+NOWHERE = asyncio.new_event_loop()
+NOWHERE.close()
+
+
+def sequence(sampling: Sampling, prompt: tuple[int, ...] = (1,)) -> Sequence:
+    return Sequence(Work("w", prompt, sampling), frozenset(), NOWHERE)
+
+
+class One:
+    """One sequence, whose tokens are chosen alone."""
+
+    def __init__(self, sampling: Sampling, prompt: tuple[int, ...] = (1,)) -> None:
+        self.sequence = sequence(sampling, prompt)
+        self.sampler = Sampler()
+
+    def sample(self, logits: torch.Tensor) -> TokenScore:
+        [score] = self.sampler.choose(logits.unsqueeze(0), [self.sequence])
+        assert score is not None
+        return score
+
+    def accept(self, token: int) -> None:
+        self.sequence.accept(TokenScore(token))
+
+    def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        adjust_(logits, self.sequence)
+        return logits
+
+
+def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    draws = Draws.of([sampling], len(logits), logits.device)
+    weights = kept_weights(logits.unsqueeze(0), draws)[0].double()
+    return weights / weights.sum()
+
 
 OPTIONS = [
     {"temperature": 0.7},
@@ -38,19 +85,21 @@ def test_the_distribution_is_the_one_of_the_reference_warpers(options: dict[str,
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     expected = warpers(torch.zeros(1, 1, dtype=torch.long), logits[None].double())[0].softmax(-1)
-    actual = next_token_distribution(logits, sampling)
+    actual = distribution(logits, sampling)
     assert torch.allclose(actual, expected, atol=1e-6)
 
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.randn(12) * 1.5
-    sampling = Sampling(max_tokens=1, temperature=1.1, top_k=9)
-    expected = next_token_distribution(logits, sampling)
+    sampling = Sampling(max_tokens=10**6, temperature=1.1, top_k=9)
+    expected = distribution(logits, sampling)
     draws = 6000
-    sampler = Sampler(sampling, (1,))
+    sampler = One(sampling, (1,))
     counts = torch.zeros(12)
     for _ in range(draws):
-        counts[sampler.sample(logits).id] += 1
+        token = sampler.sample(logits).id
+        sampler.accept(token)
+        counts[token] += 1
     assert counts[expected == 0].sum() == 0
     kept = expected > 0
     chi_square = ((counts - draws * expected) ** 2 / (draws * expected))[kept].sum()
@@ -61,9 +110,13 @@ def test_seeds_decide_and_nothing_else_does() -> None:
     logits = torch.randn(50)
 
     def tokens(seed: int | None) -> list[int]:
-        sampler = Sampler(Sampling(max_tokens=1, seed=seed), (1,))
+        sampler = One(Sampling(max_tokens=99, seed=seed))
         torch.rand(3)
-        return [sampler.sample(logits).id for _ in range(20)]
+        chosen = []
+        for _ in range(20):
+            chosen.append(sampler.sample(logits).id)
+            sampler.accept(chosen[-1])
+        return chosen
 
     assert tokens(3) == tokens(3)
     assert tokens(3) != tokens(4)
@@ -72,13 +125,13 @@ def test_seeds_decide_and_nothing_else_does() -> None:
 
 def test_presence_and_frequency_count_the_answer_only() -> None:
     logits = torch.zeros(10)
-    sampler = Sampler(
+    sampler = One(
         Sampling(max_tokens=9, temperature=0, presence_penalty=0.5, frequency_penalty=0.25, logprobs=0),
         (7, 7, 7),
     )
     for token in (2, 2, 4):
         sampler.accept(token)
-    adjusted = sampler._adjusted(logits)
+    adjusted = sampler.adjusted(logits)
     expected = torch.zeros(10)
     expected[2], expected[4] = -1.0, -0.75
     assert torch.equal(adjusted, expected)
@@ -86,22 +139,19 @@ def test_presence_and_frequency_count_the_answer_only() -> None:
 
 def test_repetition_penalty_equals_the_reference_over_prompt_and_answer() -> None:
     logits = torch.randn(30)
-    sampler = Sampler(Sampling(max_tokens=9, temperature=0, repetition_penalty=1.7), (1, 5, 9))
+    sampler = One(Sampling(max_tokens=9, temperature=0, repetition_penalty=1.7), (1, 5, 9))
     for token in (9, 20):
         sampler.accept(token)
     reference = RepetitionPenaltyLogitsProcessor(1.7)
     expected = reference(torch.tensor([[1, 5, 9, 9, 20]]), logits[None].clone())[0]
-    assert torch.allclose(sampler._adjusted(logits), expected)
+    assert torch.allclose(sampler.adjusted(logits), expected)
 
 
 def test_logit_bias_forces_and_forbids() -> None:
     logits = torch.randn(30)
     best = int(logits.argmax())
-    assert (
-        Sampler(Sampling(max_tokens=1, temperature=0, logit_bias={best: -100.0}), ()).sample(logits).id
-        != best
-    )
-    assert Sampler(Sampling(max_tokens=1, logit_bias={17: 100.0}), ()).sample(logits).id == 17
+    assert One(Sampling(max_tokens=1, temperature=0, logit_bias={best: -100.0}), ()).sample(logits).id != best
+    assert One(Sampling(max_tokens=1, logit_bias={17: 100.0}), ()).sample(logits).id == 17
 
 
 def test_the_logits_are_left_as_they_were() -> None:
@@ -114,7 +164,7 @@ def test_the_logits_are_left_as_they_were() -> None:
         "top_k": 3,
         "min_p": 0.1,
     }
-    sampler = Sampler(Sampling(max_tokens=1, logprobs=2, **options), (2, 3))  # type: ignore[arg-type]
+    sampler = One(Sampling(max_tokens=1, logprobs=2, **options), (2, 3))  # type: ignore[arg-type]
     sampler.accept(4)
     sampler.sample(logits)
     assert torch.equal(logits, before)
@@ -122,9 +172,7 @@ def test_the_logits_are_left_as_they_were() -> None:
 
 def test_scores_are_those_of_the_model_before_sampling_parameters() -> None:
     logits = torch.randn(30)
-    score = Sampler(Sampling(max_tokens=1, temperature=0, logit_bias={3: 100.0}, logprobs=2), ()).sample(
-        logits
-    )
+    score = One(Sampling(max_tokens=1, temperature=0, logit_bias={3: 100.0}, logprobs=2), ()).sample(logits)
     logprobs = logits.log_softmax(-1)
     assert score.id == 3
     assert score.logprob == pytest.approx(float(logprobs[3]))
@@ -137,7 +185,7 @@ def test_scores_are_those_of_the_model_before_sampling_parameters() -> None:
 def test_a_temperature_that_underflows_once_chose_the_last_token_for_ever(temperature: float) -> None:
     for _ in range(5):
         logits = torch.randn(50) * 10
-        sampler = Sampler(Sampling(max_tokens=1, temperature=temperature, seed=1, logprobs=0), (1, 2))
+        sampler = One(Sampling(max_tokens=1, temperature=temperature, seed=1, logprobs=0), (1, 2))
         assert sampler.sample(logits).id == int(logits.argmax())
 
 
@@ -152,7 +200,7 @@ def test_distributions_are_finite_at_the_edges(
         max_tokens=4, temperature=temperature, repetition_penalty=penalty, top_p=top_p, min_p=min_p, seed=3,
         presence_penalty=2.0, frequency_penalty=-2.0, logit_bias={5: 100.0, 6: -100.0}, logprobs=2,
     )  # fmt: skip
-    sampler = Sampler(sampling, tuple(range(20)))
+    sampler = One(sampling, tuple(range(20)))
     for _ in range(4):
         score = sampler.sample(torch.randn(50) * 30)
         sampler.accept(score.id)
@@ -161,7 +209,50 @@ def test_distributions_are_finite_at_the_edges(
         assert score.logprob <= 0
 
 
-def test_a_model_that_gives_no_numbers_is_an_error_and_not_a_token() -> None:
-    sampler = Sampler(Sampling(max_tokens=1, temperature=1.0), (1,))
-    with pytest.raises(FloatingPointError, match="not finite"):
-        sampler.sample(torch.full((50,), float("nan")))
+def test_a_row_without_numbers_is_an_error_of_its_own_and_not_a_token() -> None:
+    logits = torch.randn(3, 50)
+    logits[1] = float("nan")
+    rows = [sequence(Sampling(max_tokens=1, temperature=1.0, seed=n, top_p=0.9)) for n in range(3)]
+    alone = [Sampler().choose(logits[n : n + 1], [rows[n]])[0] for n in range(3)]
+    assert Sampler().choose(logits, rows) == alone
+    assert [score is None for score in alone] == [False, True, False]
+
+
+def test_a_mixed_batch_chooses_what_each_row_chooses_alone() -> None:
+    options = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 5},
+        {"temperature": 0.0, "logit_bias": {7: 100.0}, "logprobs": 1},
+        {"temperature": 1.4, "top_k": 3, "min_p": 0.1, "seed": 6, "repetition_penalty": 1.3},
+        {"temperature": 1.0, "seed": 7, "logprobs": 0},
+    ]
+    rows = [sequence(Sampling(max_tokens=9, **one), (1, 2, 3)) for one in options]  # type: ignore[arg-type]
+    sampler = Sampler()
+    for _ in range(6):
+        logits = torch.randn(len(rows), 300) * 2
+        together = sampler.choose(logits, rows)
+        alone = [Sampler().choose(logits[n : n + 1], [row])[0] for n, row in enumerate(rows)]
+        assert [s and s.id for s in together] == [s and s.id for s in alone]
+        for row, score in zip(rows, together, strict=True):
+            assert score is not None
+            row.accept(score)
+
+
+def test_uniforms_are_uniform_and_depend_on_seed_and_position_only() -> None:
+    many = uniforms(list(range(200)) * 50, [n for n in range(50) for _ in range(200)])
+    assert len(set(many.tolist())) == len(many)
+    assert abs(float(many.mean()) - 0.5) < 0.02
+    counts = torch.histc(torch.from_numpy(many).float(), 10, 0, 1)
+    assert float(((counts - 1000) ** 2 / 1000).sum()) < 40  # 9 degrees of freedom
+    assert uniforms([3, 4], [8, 8])[0] == uniforms([3], [8])[0]
+    assert 0 <= uniforms([2**63 - 1], [2**20])[0] < 1
+
+
+def test_draws_invert_the_cumulative_distribution_in_the_order_of_ids() -> None:
+    logits = torch.tensor([[0.5, 0.2, 0.3]]).log()
+    draws = Draws.of([Sampling(max_tokens=1)], 3, logits.device)
+    found = [
+        int(draw(logits, draws, torch.tensor([u], dtype=torch.float64)))
+        for u in (0.0, 0.49, 0.51, 0.69, 0.71, 1 - 2**-53)
+    ]
+    assert found == [0, 0, 1, 1, 2, 2]

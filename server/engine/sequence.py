@@ -1,9 +1,12 @@
 """One sequence inside the engine: what it still needs, and where its events go."""
 
 import asyncio
+import secrets
+from collections import Counter
 from dataclasses import dataclass, field
 
 from loramux.adapters.residency import Handle
+from loramux.kernels.gated_lora import Slot
 from loramux.server.engine.protocol import (
     EngineError,
     Event,
@@ -14,24 +17,35 @@ from loramux.server.engine.protocol import (
     TokenScore,
     Work,
 )
-from loramux.server.engine.sampler import Sampler
 
 
 @dataclass(eq=False)
-class Running:
-    """Written by the stepping thread only, read by the event loop through the events it delivers."""
+class Sequence:
+    """Written by the stepping thread only, read by the event loop through the events it delivers.
+
+    Attributes:
+        tokens: prompt and answer so far.
+        computed: how many of them have their keys and values in the cache.
+        pages: where these are, in order; hashes: of those pages that are full.
+        counts: how often each token is part of the answer.
+        gone: no later step can include it.
+    """
 
     work: Work
     stop_ids: frozenset[int]
     loop: asyncio.AbstractEventLoop
-    sampler: Sampler = field(init=False)
     events: asyncio.Queue[Event | EngineError] = field(default_factory=asyncio.Queue)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
-    generated: int = 0
     started: bool = False
     finished: bool = False
+    computed: int = 0
+    pages: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
 
+    tokens: list[int] = field(init=False)
+    seed: int = field(init=False)
     handle: Handle | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -39,7 +53,22 @@ class Running:
         if handle is not None and not isinstance(handle, Handle):
             raise EngineError(f"the adapter handle is a {type(handle).__name__}, not one of a residency")
         self.handle = handle
-        self.sampler = Sampler(self.work.sampling, self.work.prompt)
+        self.tokens = list(self.work.prompt)
+        seed = self.work.sampling.seed
+        self.seed = secrets.randbits(63) if seed is None else seed
+
+    @property
+    def slot(self) -> Slot | None:
+        return None if self.handle is None else self.handle.slot
+
+    @property
+    def root(self) -> bytes:
+        """What tells its pages apart from those of others with the same tokens."""
+        return b"" if self.handle is None else self.handle.key.encode()
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.work.prompt)
 
     @property
     def needs_prompt_scores(self) -> bool:
@@ -66,8 +95,8 @@ class Running:
         if score.id in self.stop_ids:
             self.finished = True
             return [*events, Finished("stop", score.id, score)]
-        self.generated += 1
-        self.sampler.accept(score.id)
+        self.tokens.append(score.id)
+        self.counts[score.id] += 1
         events.append(Token(score))
         if self.generated >= sampling.max_tokens:
             self.finished = True

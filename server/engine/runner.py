@@ -1,0 +1,184 @@
+"""Runs a step: the model over the step's tokens, with the adapters of each sequence."""
+
+import inspect
+import logging
+from collections.abc import Callable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loramux.adapters.layers import AdapterLayers
+from loramux.kernels.gated_lora import BARE, Plan, Slot, plan_step
+from loramux.kernels.paged_attention import Rows
+from loramux.server.engine.attention import PAGED, PagedAttention, Piece
+from loramux.server.engine.graphs import StepGraphs
+from loramux.server.engine.inputs import StepInputs
+from loramux.server.engine.scheduler import Chunk
+
+log = logging.getLogger("loramux")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Logits:
+    """What a step gave.
+
+    Attributes:
+        values: float32 [rows, vocabulary].
+        best: int64 [rows], their argmax, where the step has it.
+        rows: which of them belong to each chunk; empty for a piece that ends before its prompt does.
+    """
+
+    values: Tensor
+    best: Tensor | None
+    rows: tuple[slice, ...]
+
+
+class Runner:
+    """A model with its cache.
+
+    A model is used through public arguments only: ids, positions, and the paged cache, which it passes on to
+    the attention function that its config names. Used by the stepping thread alone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: AdapterLayers,
+        *,
+        pages: int,
+        page_size: int,
+        max_tokens: int,
+        max_running: int,
+        max_context: int,
+        graphs: bool,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._paged = PagedAttention(pages, page_size, model.dtype, model.device)
+        self._inputs = StepInputs(max_tokens, max_running, -(-max_context // page_size), model.device)
+        self._vocabulary = _outputs(model)
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._before = model.config._attn_implementation
+        self._plan_key: tuple[tuple[int, int], ...] = ()
+        self._plan_slots: list[tuple[Slot | None, int]] = []
+        self._plan = BARE
+        self._graphs: StepGraphs | None = None
+        self._wants_graphs = graphs
+        self._max_running = max_running
+
+    def start(self, progress: Callable[[str], None] = log.info) -> None:
+        """Take the model, and capture its decode steps where that was asked for."""
+        self._model.set_attn_implementation(PAGED)
+        if self._wants_graphs:
+            self._graphs = StepGraphs(
+                self._forward, self._inputs, self._paged, self._layers, self._vocabulary, self._max_running
+            )
+            self._graphs.capture(progress)
+
+    def stop(self) -> None:
+        """Give the model back as it was."""
+        self._model.set_attn_implementation(self._before)
+
+    @property
+    def layers_seen(self) -> int:
+        """Layers that have attended through the paged cache."""
+        return self._paged.layers
+
+    @torch.inference_mode()
+    def run(self, chunks: Items[Chunk]) -> Logits:
+        """The logits of a step; those of every position for a chunk whose prompt is to be scored."""
+        slots = [(chunk.sequence.slot, chunk.length) for chunk in chunks]
+        count = self._write(chunks)
+        singles = all(chunk.length == 1 for chunk in chunks)
+        if singles and self._graphs is not None:
+            replayed = self._graphs.replay(slots)
+            if replayed is not None:
+                return Logits(*replayed, tuple(slice(row, row + 1) for row in range(count)))
+        self._inputs.send()
+        self._paged.plan(*self._attention(chunks, count))
+        rows: list[slice] = []
+        keep: list[int] = []
+        done = 0
+        for chunk in chunks:
+            wanted = chunk.length if chunk.sequence.needs_prompt_scores else int(chunk.samples)
+            rows.append(slice(len(keep), len(keep) + wanted))
+            keep += range(done + chunk.length - wanted, done + chunk.length)
+            done += chunk.length
+        self._layers.plan = self._plan_for(slots)
+        try:
+            logits = self._forward(count, None if len(keep) == count else keep)
+        finally:
+            self._layers.plan = BARE
+        return Logits(logits.float(), None, tuple(rows))
+
+    def _forward(self, tokens: int, keep: Items[int] | None = None) -> Tensor:
+        """The model over the first tokens of the inputs; logits [rows, vocabulary] of those in `keep`, or of
+        all."""
+        kept = None if keep is None else torch.tensor(keep, dtype=torch.int64, device=self._model.device)
+        options: dict[str, Any] = {"logits_to_keep": kept} if kept is not None and self._keeps else {}
+        logits: Tensor = self._model(
+            input_ids=self._inputs.ids[:, :tokens],
+            position_ids=self._inputs.positions[:, :tokens],
+            use_cache=False,
+            paged=self._paged,
+            **options,
+        ).logits[0]
+        return logits if kept is None or self._keeps else logits[kept]
+
+    def _write(self, chunks: Items[Chunk]) -> int:
+        """Ids, positions, slots and, of single tokens, pages; returns the number of tokens."""
+        inputs, size = self._inputs, self._paged.page_size
+        done = 0
+        for row, chunk in enumerate(chunks):
+            sequence, start = chunk.sequence, chunk.start
+            if chunk.length == 1:
+                inputs.host_ids[done] = sequence.tokens[start]
+                inputs.host_positions[done] = start
+                inputs.host_slots[done] = sequence.pages[start // size] * size + start % size
+                inputs.host_lengths[row] = start + 1
+                inputs.host_tables[row, : len(sequence.pages)] = sequence.pages
+            else:
+                end = start + chunk.length
+                at = slice(done, done + chunk.length)
+                positions = np.arange(start, end)
+                inputs.host_ids[at] = sequence.tokens[start:end]
+                inputs.host_positions[at] = positions
+                inputs.host_slots[at] = (
+                    np.asarray(sequence.pages)[positions // size] * size + positions % size
+                )
+            done += chunk.length
+        return done
+
+    def _attention(self, chunks: Items[Chunk], count: int) -> tuple[Rows | None, Tensor | None, list[Piece]]:
+        """What the attention is told about a step: rows of single tokens come first, which the scheduler sees
+        to."""
+        singles = 0
+        while singles < len(chunks) and chunks[singles].length == 1:
+            singles += 1
+        pieces: list[Piece] = []
+        done = singles
+        for chunk in chunks[singles:]:
+            at = slice(done, done + chunk.length)
+            pieces.append(Piece(at, chunk.start, chunk.sequence.pages))
+            done = at.stop
+        rows = self._inputs.rows(singles) if singles else None
+        return rows, self._inputs.slots[singles:count] if pieces else None, pieces
+
+    def _plan_for(self, slots: list[tuple[Slot | None, int]]) -> Plan:
+        """The plan of this step; a decode step over the same sequences as the last one reuses its plan."""
+        key = tuple((id(slot), length) for slot, length in slots)
+        if key != self._plan_key:
+            self._plan, self._plan_key = plan_step(slots), key
+            self._plan_slots = slots  # keeps the slots alive, so that an id in the key cannot be reused
+        return self._plan
+
+
+def _outputs(model: PreTrainedModel) -> int:
+    """Numbers in a row of logits."""
+    head = model.get_output_embeddings()
+    return int(getattr(head, "out_features", None) or model.config.get_text_config().vocab_size)
