@@ -1,6 +1,6 @@
 """The base's linear layers with the arena's rows beside them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import NamedTuple
@@ -12,7 +12,21 @@ from loramux.adapters.arena import Arena
 from loramux.adapters.errors import BaseMismatchError
 from loramux.adapters.sparse.ffn_layer import FeedForwardLayer
 from loramux.adapters.sparse.slot import SparseSlot
-from loramux.kernels.gated_lora import BARE, Adding, Bound, Form, Plan, Share, TokenSlot, choose_form
+from loramux.kernels.gated_lora import (
+    BARE,
+    Adding,
+    Bound,
+    BoundAll,
+    Form,
+    Plan,
+    Share,
+    TokenSlot,
+    choose_form,
+)
+
+#: Names of modules that, under one parent, take one input in most models, in the order in which they are
+#: called.
+SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class _Place(NamedTuple):
@@ -44,6 +58,14 @@ class AdapterLayers:
         for path in arena.a:
             parent, name, linear = _find(model, path)
             self._places.append(_Place(parent, name, linear, GatedLinear(linear, path, self)))
+        if self.form.shares_inputs:
+            gated = {
+                place.layer.path: place.layer
+                for place in self._places
+                if isinstance(place.layer, GatedLinear)
+            }
+            for group in siblings(gated):
+                Siblings([gated[path] for path in group])
 
     @property
     def plan(self) -> Plan:
@@ -99,6 +121,66 @@ class AdapterLayers:
             self.plan = BARE
 
 
+def siblings(paths: Collection[str]) -> list[list[str]]:
+    """Modules that usually share their input, in the order in which they are called; only groups of
+    several."""
+    parents: dict[str, set[str]] = {}
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        parents.setdefault(parent, set()).add(name)
+    groups = []
+    for parent, names in parents.items():
+        for together in SHARING:
+            present = [f"{parent}.{name}" for name in together if name in names]
+            if len(present) > 1:
+                groups.append(present)
+    return groups
+
+
+class Siblings:
+    """Gated layers that take one input: the first that is called computes them all, and the others find what
+    is theirs.
+
+    Whether a layer's input is the very tensor that the first one had is looked at in every call: where it is
+    not, the layer computes alone.
+    """
+
+    def __init__(self, members: Sequence["GatedLinear"]) -> None:
+        self._members = members
+        self._paths = [member.path for member in members]
+        self._plan = BARE
+        self._bound: BoundAll | None = None
+        self._x: Tensor | None = None
+        self._ys: dict[int, Tensor] = {}
+        for member in members:
+            member.siblings = [self]
+
+    def take(self, member: "GatedLinear", x: Tensor, plan: Plan) -> Tensor | None:
+        """What `member` gives for `x`; `None` where it has to compute alone."""
+        if self._x is x and plan is self._plan:
+            y = self._ys.pop(id(member), None)
+            if not self._ys:
+                self._x = None
+            return y
+        if member is not self._members[0]:
+            return None
+        if plan is not self._plan:
+            layers = self._members[0].owner
+            a = [layers.arena.a[path] for path in self._paths]
+            b = [layers.arena.b[path] for path in self._paths]
+            self._bound = layers.form.bind_all(plan, self._paths, a, b) if plan.gates_rows else None
+            self._plan = plan
+        ys = [one.run(x) for one in self._members]
+        if self._bound is not None:
+            self._bound(ys, x)
+        for one, y in zip(self._members, ys, strict=True):
+            one.add_shares(y, x, plan)
+        self._x = x
+        self._ys = {id(one): y for one, y in zip(self._members[1:], ys[1:], strict=True)}
+        first: Tensor = ys[0]
+        return first
+
+
 class GatedLinear(nn.Module):
     """`base(x)` plus what the current plan adds. Works around any linear layer, 4-bit ones included."""
 
@@ -110,11 +192,19 @@ class GatedLinear(nn.Module):
         # tensors from `parameters()`, `to()` and state dicts: they are not weights of the model.
         self._layers = [layers]
         # Its code without the call of a module around it, which costs more than all that is done here.
-        self._run = base if _has_hooks(base) else base.forward
+        self.run = base if _has_hooks(base) else base.forward
         self._a = [layers.arena.a[path]]
         self._b = [layers.arena.b[path]]
         self._bound_plan = BARE
         self._bound: Bound | None = None
+        self._shares_plan = BARE
+        self._shares: Bound | None = None
+        self.siblings: list[Siblings] = []
+
+    @property
+    def owner(self) -> AdapterLayers:
+        """Whose plan it follows."""
+        return self._layers[0]
 
     @property
     def weight(self) -> Tensor:
@@ -125,13 +215,25 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # Every name that is looked up here is looked up some hundred times a step, with the caches full of
         # weights: this path is kept as short as it can be (docs/log.md).
-        y: Tensor = self._run(x)
         plan = self._layers[0].current
+        if self.siblings:
+            found = self.siblings[0].take(self, x, plan)
+            if found is not None:
+                return found
+        y: Tensor = self.run(x)
         if plan is not self._bound_plan:
             self._bind(plan)
         if self._bound is not None:
             self._bound(y, x)
         return y
+
+    def add_shares(self, y: Tensor, x: Tensor, plan: Plan) -> None:
+        """Add what slots add whose gates depend on the token."""
+        if plan is not self._shares_plan:
+            self._shares = _with_shares(None, plan.shares, self.path) if plan.shares else None
+            self._shares_plan = plan
+        if self._shares is not None:
+            self._shares(y, x)
 
     def _bind(self, plan: Plan) -> None:
         form = self._layers[0].form

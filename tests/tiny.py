@@ -15,6 +15,7 @@ from loramux.adapters.blend import Blend
 from loramux.adapters.layers import AdapterLayers
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.residency import Residency
+from loramux.kernels.gated_lora import Form
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.protocol import Event, Finished, Sampling, Token, TokenScore, Work
 
@@ -139,12 +140,13 @@ async def running(
     *,
     rows: int = 256,
     eos_ids: Sequence[int] = (),
+    form: Form | None = None,
     **limits: Any,
 ) -> AsyncIterator[Rig]:
     """An engine over `model`, which is changed by it; stopped, and its rows recounted, at the end."""
     shapes = BaseShapes.from_model(model, "tiny")
     arena = Arena(shapes, rows)
-    layers = AdapterLayers(model, arena)
+    layers = AdapterLayers(model, arena, form)
     residency = Residency({expert.id: expert for expert in experts}, arena)
     chosen = EngineLimits(**{"kv_tokens": 4096, "page_size": 8, "max_batch_tokens": 64, **limits})
     engine = LocalEngine(model, layers, eos_ids=eos_ids, limits=chosen)

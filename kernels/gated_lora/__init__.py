@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 from loramux.kernels.gated_lora.dense import DenseForm
-from loramux.kernels.gated_lora.form import Bound, Form
+from loramux.kernels.gated_lora.form import Bound, BoundAll, Form
 from loramux.kernels.gated_lora.native import FUNCTIONS, NativeForm, library
 from loramux.kernels.gated_lora.plan import BARE, GateSlot, Plan, Slot, plan_step
 from loramux.kernels.gated_lora.reference import dense_gate, gated_lora_reference
@@ -19,6 +19,7 @@ __all__ = [
     "BARE",
     "Adding",
     "Bound",
+    "BoundAll",
     "DenseForm",
     "Form",
     "GateSlot",

@@ -1,11 +1,13 @@
 """The Triton form behind the interface of all forms: one table a step, filled when the plan changes."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
-from loramux.kernels.gated_lora.form import Bound
+from loramux.kernels.gated_lora.form import Bound, BoundAll
 from loramux.kernels.gated_lora.plan import BARE, GateSlot, Plan
 from loramux.kernels.gated_lora.slots import SlotTable
-from loramux.kernels.gated_lora.triton import gated_lora_
+from loramux.kernels.gated_lora.triton import gated_lora_all_
 
 
 class TritonForm:
@@ -15,6 +17,7 @@ class TritonForm:
     that a handful of tables serves every batch.
     """
 
+    shares_inputs = True
     takes_tables = True
 
     def __init__(self) -> None:
@@ -24,20 +27,27 @@ class TritonForm:
         self._modules: frozenset[str] = frozenset()
 
     def bind(self, plan: Plan, module: str, a: Tensor, b: Tensor) -> Bound | None:
-        if plan.table is not None:
-            return _with_table(plan.table, a, b)
-        if plan is not self._plan:
-            self._table = self._filled(plan, a)
-            self._modules = frozenset[str]().union(*(segment.slot.modules for segment in plan.segments))
-            self._plan = plan
-        table = self._table
-        if table is None or module not in self._modules:
-            return None
+        bound = self.bind_all(plan, [module], [a], [b])
+        return None if bound is None else lambda y, x: bound([y], x)
 
-        end = table.tokens  # bare tokens behind the last slot may be more than the table has room for
+    def bind_all(
+        self, plan: Plan, modules: Sequence[str], a: Sequence[Tensor], b: Sequence[Tensor]
+    ) -> BoundAll | None:
+        table, end = plan.table, None
+        if table is None:
+            if plan is not self._plan:
+                self._table = self._filled(plan, a[0])
+                self._modules = frozenset[str]().union(*(segment.slot.modules for segment in plan.segments))
+                self._plan = plan
+            table = self._table
+            if table is None or self._modules.isdisjoint(modules):
+                return None
+            end = table.tokens  # bare tokens behind the last slot may be more than the table has room for
+        filled = table
 
-        def apply(y: Tensor, x: Tensor) -> None:
-            gated_lora_(y.view(-1, y.shape[-1])[:end], x.reshape(-1, x.shape[-1])[:end], a, b, table)
+        def apply(ys: Sequence[Tensor], x: Tensor) -> None:
+            outputs = [y.view(-1, y.shape[-1])[:end] for y in ys]
+            gated_lora_all_(outputs, x.reshape(-1, x.shape[-1])[:end], a, b, filled)
 
         return apply
 
@@ -59,15 +69,6 @@ class TritonForm:
             table = self._tables[size] = SlotTable(*size, max_rows=a.shape[0], device=a.device)
         table.fill(segments)
         return table
-
-
-def _with_table(table: SlotTable, a: Tensor, b: Tensor) -> Bound:
-    """What a table will say by the time this is replayed."""
-
-    def apply(y: Tensor, x: Tensor) -> None:
-        gated_lora_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, table)
-
-    return apply
 
 
 def _capacity(count: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loramux.kernels.gated_lora.form import Bound
+from loramux.kernels.gated_lora.form import Bound, BoundAll, bind_each
 from loramux.kernels.gated_lora.plan import BARE, LONG_SEGMENT, Extent, GateSlot, Plan, Segment
 
 
@@ -28,6 +28,7 @@ class DenseForm:
     """Long segments multiply their own rows; short ones share a dense gate over the union of theirs, because
     at a handful of tokens the number of calls costs more than the rows that are multiplied by zero."""
 
+    shares_inputs = False
     takes_tables = False
 
     def __init__(self) -> None:
@@ -39,6 +40,11 @@ class DenseForm:
             self._runs = dense_runs(plan.segments, a.device)
             self._plan = plan
         return bind_runs(self._runs, module, a, b)
+
+    def bind_all(
+        self, plan: Plan, modules: Sequence[str], a: Sequence[Tensor], b: Sequence[Tensor]
+    ) -> BoundAll | None:
+        return bind_each(self, plan, modules, a, b)
 
 
 def bind_runs(runs: Sequence[Run], module: str, a: Tensor, b: Tensor) -> Bound | None:

@@ -1,6 +1,7 @@
 """The operator in C++ for a CPU (`native.cpp`), where its library was built."""
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loramux.kernels.gated_lora.blocks import RowBlock, row_blocks
-from loramux.kernels.gated_lora.form import Bound
+from loramux.kernels.gated_lora.form import Bound, BoundAll, bind_each
 from loramux.kernels.gated_lora.plan import BARE, Plan
 
 #: (dtype of activations, dtype of factors) -> kernel
@@ -66,6 +67,7 @@ class NativeForm:
         RuntimeError: when made without a library, or for dtypes that it has no kernel for.
     """
 
+    shares_inputs = False
     takes_tables = False
 
     def __init__(self, activations: torch.dtype, factors: torch.dtype) -> None:
@@ -90,6 +92,11 @@ class NativeForm:
         if table is None:
             table = self._tables[which] = Table([self._blocks[i] for i in which])
         return table.bind(self._function, a, b)
+
+    def bind_all(
+        self, plan: Plan, modules: Sequence[str], a: Sequence[Tensor], b: Sequence[Tensor]
+    ) -> BoundAll | None:
+        return bind_each(self, plan, modules, a, b)
 
 
 class Table:

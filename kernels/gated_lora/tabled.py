@@ -2,21 +2,22 @@
 
 from torch import Tensor
 
+from loramux.kernels.gated_lora.dense import DenseForm
 from loramux.kernels.gated_lora.form import Bound
 from loramux.kernels.gated_lora.plan import Plan
 from loramux.kernels.gated_lora.slots import SlotTable
 
 
-class TabledForm:
-    """Serves plans with a table and no others: the steps that are captured elsewhere, where nothing can
-    be."""
+class TabledForm(DenseForm):
+    """Also serves plans with a table: captured steps, where nothing can be captured."""
 
+    shares_inputs = True  # it gains nothing, but is to be what runs on a device otherwise
     takes_tables = True
 
-    def bind(self, plan: Plan, module: str, a: Tensor, b: Tensor) -> Bound | None:  # noqa: ARG002 - of all forms
+    def bind(self, plan: Plan, module: str, a: Tensor, b: Tensor) -> Bound | None:
         table = plan.table
         if table is None:
-            raise ValueError("this form computes what a table says; the plan has none")
+            return super().bind(plan, module, a, b)
 
         def apply(y: Tensor, x: Tensor) -> None:
             tabled_lora_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), a, b, table)

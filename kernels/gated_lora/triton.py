@@ -105,19 +105,36 @@ def expand_(
     Raises:
         ValueError: shapes or dtypes do not fit together, or a row is not contiguous.
     """
-    _check_tokens("y", y, table)
-    _check_factor("B", b, y, table)
-    tokens = y.shape[0]
-    if hidden.dtype != torch.float32 or hidden.ndim != 3 or hidden.shape[1:] != (tokens, table.max_rank):
-        raise ValueError(
-            f"hidden is {hidden.dtype} {tuple(hidden.shape)}, "
-            f"expected float32 [parts, {tokens}, {table.max_rank}]"
-        )
-    if not hidden[0].is_contiguous():
-        raise ValueError("a part of hidden is not contiguous")
     if gate is not None:
-        _check_gate(gate, tokens, table)
-    expand_launch(y, hidden, b, table, gate).run()
+        _check_gate(gate, y.shape[0], table)
+    expand_all_([y], hidden.unsqueeze(0), [b], table, gate)
+
+
+def expand_all_(
+    ys: Sequence[Tensor],
+    hidden: Tensor,
+    bs: Sequence[Tensor],
+    table: SlotTable,
+    gate: Tensor | BlockGate | None = None,
+) -> None:
+    """`expand_` for every module that `shrink` served, [modules, parts, T, max_rank], four in a launch.
+
+    Raises as `expand_`.
+    """
+    for y, b in zip(ys, bs, strict=True):
+        _check_tokens("y", y, table)
+        _check_factor("B", b, y, table)
+    expected = (len(ys), ys[0].shape[0], table.max_rank)
+    if hidden.dtype != torch.float32 or hidden.ndim != 4 or (hidden.shape[0], *hidden.shape[2:]) != expected:
+        raise ValueError(
+            f"hidden is {hidden.dtype} {tuple(hidden.shape[1:])}, "
+            f"expected float32 [parts, {expected[1]}, {expected[2]}] for each of {len(ys)} modules"
+        )
+    if not hidden[0][0].is_contiguous():
+        raise ValueError("a part of hidden is not contiguous")
+    for at in range(0, len(ys), _MODULES):
+        some = slice(at, at + _MODULES)
+        expand_launch(ys[some], hidden[some], bs[some], table, gate).run()
 
 
 def gated_lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: SlotTable) -> None:
@@ -125,7 +142,14 @@ def gated_lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: SlotTable) ->
 
     Shapes: y [T, out], x [T, in], a [R, in], b [R, out], all of one dtype. Raises as `shrink` and `expand_`.
     """
-    expand_(y, shrink(x, [a], table)[0], b, table)
+    gated_lora_all_([y], x, [a], [b], table)
+
+
+def gated_lora_all_(
+    ys: Sequence[Tensor], x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], table: SlotTable
+) -> None:
+    """`gated_lora_` for modules that share their input, in two launches for up to four of them."""
+    expand_all_(ys, shrink(x, a, table), b, table)
 
 
 def shrink_launch(hidden: Tensor, x: Tensor, a: Sequence[Tensor], table: SlotTable) -> Launch:
@@ -167,22 +191,29 @@ def shrink_launch(hidden: Tensor, x: Tensor, a: Sequence[Tensor], table: SlotTab
 
 
 def expand_launch(
-    y: Tensor, hidden: Tensor, b: Tensor, table: SlotTable, gate: Tensor | BlockGate | None = None
+    ys: Sequence[Tensor],
+    hidden: Tensor,
+    bs: Sequence[Tensor],
+    table: SlotTable,
+    gate: Tensor | BlockGate | None = None,
 ) -> Launch:
-    """What `expand_` runs."""
-    block_n = 64 if y.dtype == torch.float32 else 128
+    """What `expand_all_` runs for at most four modules."""
+    block_n = 64 if ys[0].dtype == torch.float32 else 128
     kind, factors, blocks = _GATE_NONE, table.gates, table.rows
     if isinstance(gate, BlockGate):
         kind, factors, blocks = _GATE_BLOCK, gate.values, gate.blocks
     elif gate is not None:
         kind, factors = _GATE_ROW, gate
+    fill = _MODULES - len(ys)
+    given_y, given_b = [*ys, *[ys[0]] * fill], [*bs, *[bs[0]] * fill]
+    outputs = sum(-(-y.shape[1] // block_n) for y in ys)
     return Launch(
         expand_kernel,
-        (table.max_tiles if y.shape[0] else 0, -(-y.shape[1] // block_n), 1),
+        (table.max_tiles if ys[0].shape[0] else 0, outputs, 1),
         {
-            "y_ptr": y,
+            **{f"y{i}_ptr": y for i, y in enumerate(given_y)},
             "hidden_ptr": hidden,
-            "b_ptr": b,
+            **{f"b{i}_ptr": b for i, b in enumerate(given_b)},
             "factors_ptr": factors,
             "blocks_ptr": blocks,
             "order_ptr": table.order,
@@ -190,21 +221,23 @@ def expand_launch(
             "ranks_ptr": table.ranks,
             "rows_ptr": table.rows,
             "gates_ptr": table.gates,
-            "tokens": y.shape[0],
-            "n_out": y.shape[1],
-            "stride_y": y.stride(0),
-            "stride_b": b.stride(0),
-            "stride_part": hidden.stride(0),
+            "tokens": ys[0].shape[0],
+            **{f"n{i}": y.shape[1] for i, y in enumerate(given_y)},
+            **{f"stride_y{i}": y.stride(0) for i, y in enumerate(given_y)},
+            **{f"stride_b{i}": b.stride(0) for i, b in enumerate(given_b)},
+            "stride_module": hidden.stride(0),
+            "stride_part": hidden.stride(1),
             "stride_factors": factors.stride(0),
         },
         {
-            "PARTS": hidden.shape[0],
+            "MODULES": len(ys),
+            "PARTS": hidden.shape[1],
             "GATE": kind,
             "MAX_RANK": table.max_rank,
             "BLOCK_T": table.tile,
             "BLOCK_R": _rank_block(table),
             "BLOCK_N": block_n,
-            "SPLIT": y.dtype != torch.float32,
+            "SPLIT": ys[0].dtype != torch.float32,
             "WIDEN": _WIDEN,
         },
         {"num_warps": _warps(table), "num_stages": 1, "enable_fp_fusion": True},

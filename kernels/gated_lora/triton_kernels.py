@@ -81,9 +81,15 @@ def shrink_kernel(
 
 @triton.jit(do_not_specialize=["tokens"])
 def expand_kernel(
-    y_ptr,
+    y0_ptr,
+    y1_ptr,
+    y2_ptr,
+    y3_ptr,
     hidden_ptr,
-    b_ptr,
+    b0_ptr,
+    b1_ptr,
+    b2_ptr,
+    b3_ptr,
     factors_ptr,
     blocks_ptr,
     order_ptr,
@@ -92,11 +98,22 @@ def expand_kernel(
     rows_ptr,
     gates_ptr,
     tokens,
-    n_out,
-    stride_y,
-    stride_b,
+    n0,
+    n1,
+    n2,
+    n3,
+    stride_y0,
+    stride_y1,
+    stride_y2,
+    stride_y3,
+    stride_b0,
+    stride_b1,
+    stride_b2,
+    stride_b3,
+    stride_module,
     stride_part,
     stride_factors,
+    MODULES: tl.constexpr,
     PARTS: tl.constexpr,
     GATE: tl.constexpr,
     MAX_RANK: tl.constexpr,
@@ -106,18 +123,40 @@ def expand_kernel(
     SPLIT: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """y[token] += Σ gate[token, r] · hidden[token, r] · B[rows[slot, r]] for one tile and BLOCK_N outputs."""
+    """y[token] += Σ gate[token, r] · hidden[token, r] · B[rows[slot, r]] for one tile and BLOCK_N outputs of
+    one module."""
     tile = tl.program_id(0)
     slot = tl.load(tiles_ptr + 3 * tile + 2)
     if slot < 0:
         return
     rank = tl.load(ranks_ptr + slot)
+    # The outputs of the modules lie one after another along this axis of the grid.
+    block = tl.program_id(1)
+    y_ptr, b_ptr, n_out, stride_y, stride_b = y0_ptr, b0_ptr, n0, stride_y0, stride_b0
+    if MODULES > 1:
+        end = (n0 + BLOCK_N - 1) // BLOCK_N
+        if block >= end:
+            block -= end
+            y_ptr, b_ptr, n_out, stride_y, stride_b = y1_ptr, b1_ptr, n1, stride_y1, stride_b1
+            hidden_ptr += stride_module
+            if MODULES > 2:
+                end = (n1 + BLOCK_N - 1) // BLOCK_N
+                if block >= end:
+                    block -= end
+                    y_ptr, b_ptr, n_out, stride_y, stride_b = y2_ptr, b2_ptr, n2, stride_y2, stride_b2
+                    hidden_ptr += stride_module
+                    if MODULES > 3:
+                        end = (n2 + BLOCK_N - 1) // BLOCK_N
+                        if block >= end:
+                            block -= end
+                            y_ptr, b_ptr, n_out, stride_y, stride_b = y3_ptr, b3_ptr, n3, stride_y3, stride_b3
+                            hidden_ptr += stride_module
     t = tl.arange(0, BLOCK_T)
     in_t = t < tl.load(tiles_ptr + 3 * tile + 1)
     token = tl.load(order_ptr + tl.load(tiles_ptr + 3 * tile) + t, mask=in_t, other=0)
     in_t = in_t & (token < tokens)
     token = token.to(tl.int64)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     in_n = n < n_out
 
     acc = tl.full([BLOCK_T, BLOCK_N], 0.0, tl.float32)
@@ -137,9 +176,9 @@ def expand_kernel(
                 factors = factors_ptr + token[:, None] * stride_factors + r[None, :]
                 hidden *= tl.load(factors, mask=in_h, other=0.0)
             if GATE == 2:
-                block = tl.load(blocks_ptr + slot * MAX_RANK + r, mask=in_r, other=-1)
-                factors = factors_ptr + token[:, None] * stride_factors + block[None, :]
-                hidden *= tl.load(factors, mask=in_h & (block >= 0)[None, :], other=1.0)
+                owner = tl.load(blocks_ptr + slot * MAX_RANK + r, mask=in_r, other=-1)
+                factors = factors_ptr + token[:, None] * stride_factors + owner[None, :]
+                hidden *= tl.load(factors, mask=in_h & (owner >= 0)[None, :], other=1.0)
             hidden = tl.where(in_r[None, :], hidden, 0.0)
             b = tl.load(
                 b_ptr + row[:, None] * stride_b + n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0

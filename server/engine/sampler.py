@@ -8,13 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loramux.kernels.truncation import truncation_bound
 from loramux.server.engine.protocol import Sampling, TokenScore
 from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence
 
 # Below this a temperature is the limit towards 0: in float32 it would underflow, or its quotients overflow.
 LEAST_TEMPERATURE = 1e-5
+# How often a token is drawn that may prove to lie outside of top-p, before the row is sorted.
+ATTEMPTS = 8
 # What a row gets whose distribution is not finite.
 NOT_FINITE = -1
 
@@ -31,11 +32,14 @@ def changes_logits(sampling: Sampling) -> bool:
 
 
 def uniforms(seeds: Items[int], positions: Items[int]) -> NDArray[np.float64]:
-    """One number in [0, 1) for each (seed, position) and nothing else, so that a seeded row draws the same
-    tokens alone and in any batch: two rounds of splitmix64 (Steele, Lea, Flood, 2014)."""
+    """`ATTEMPTS` numbers in [0, 1) for each (seed, position), of nothing else, so that a seeded row draws the
+    same tokens alone and in any batch; float64 [rows, ATTEMPTS]. Rounds of splitmix64 (Steele, Lea, Flood,
+    2014)."""
     state = np.array([seed & (2**64 - 1) for seed in seeds], dtype=np.uint64)
     mixed = _splitmix(_splitmix(state) + np.asarray(positions, dtype=np.uint64))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    attempts: NDArray[np.uint64] = np.arange(ATTEMPTS, dtype=np.uint64)
+    several = _splitmix(np.add.outer(mixed, attempts))
+    return (several >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -48,11 +52,13 @@ def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Draws:
-    """The parameters of some rows that are drawn, a column [rows, 1] each.
+    """The parameters of some rows that are drawn.
 
     Attributes:
-        top_k: int64, the size of the vocabulary where it is off.
-        floored: whether any row has min-p; truncated: top-k or top-p.
+        temperature, min_p, top_p: float32 [rows, 1].
+        top_k: int64 [rows, 1], the size of the vocabulary where it is off.
+        floored: whether any row has min-p.
+        limited: the rows that have top-k; nucleus: those that have top-p alone; `None` where there are none.
     """
 
     temperature: Tensor
@@ -60,20 +66,24 @@ class Draws:
     top_k: Tensor
     top_p: Tensor
     floored: bool
-    truncated: bool
+    limited: Tensor | None
+    nucleus: Tensor | None
 
     @classmethod
     def of(cls, samplings: Items[Sampling], vocabulary: int, device: torch.device) -> "Draws":
         """The parameters of these rows."""
         top_k = [s.top_k if 0 < s.top_k < vocabulary else vocabulary for s in samplings]
         values = torch.tensor([[s.temperature, s.min_p, s.top_p] for s in samplings]).to(device)
+        limited = [row for row, k in enumerate(top_k) if k < vocabulary]
+        nucleus = [row for row, s in enumerate(samplings) if s.top_p < 1 and top_k[row] == vocabulary]
         return cls(
             values[:, 0:1],
             values[:, 1:2],
             torch.tensor(top_k, device=device).unsqueeze(-1),
             values[:, 2:3],
-            floored=any(s.min_p > 0 for s in samplings),
-            truncated=any(s.top_p < 1 for s in samplings) or min(top_k) < vocabulary,
+            any(s.min_p > 0 for s in samplings),
+            torch.tensor(limited, device=device) if limited else None,
+            torch.tensor(nucleus, device=device) if nucleus else None,
         )
 
 
@@ -82,32 +92,77 @@ def draw(logits: Tensor, draws: Draws, uniform: Tensor) -> Tensor:
 
     A draw inverts the cumulative distribution in the order of the token ids, so that the last bits of the
     logits, which do depend on the batch, practically never decide. Tokens as likely as the last one that is
-    kept are kept too.
+    kept are kept too. For top-p alone nothing is sorted: a token is drawn from all, and drawn again if what
+    is likelier than it has the share already.
 
     Args:
         logits: float32 [rows, vocabulary], which stay as they are.
-        uniform: float64 [rows], in [0, 1).
+        uniform: float64 [rows, ATTEMPTS], in [0, 1).
 
     Returns:
         int64 [rows]; `NOT_FINITE` where the distribution is not.
     """
-    cumulative = kept_weights(logits, draws).cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * total, right=True).squeeze(-1)
-    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
-    return torch.where(total.squeeze(-1).isfinite(), tokens, NOT_FINITE)
-
-
-def kept_weights(logits: Tensor, draws: Draws) -> Tensor:
-    """What the probabilities of the next tokens are proportional to, float32 [rows, vocabulary]; the largest
-    is 1."""
     weights = logits - logits.amax(dim=-1, keepdim=True)
     weights.div_(draws.temperature).exp_()
     if draws.floored:
         weights.masked_fill_(weights < draws.min_p, 0.0)
-    if draws.truncated:
-        weights.masked_fill_(weights < truncation_bound(weights, draws.top_k, draws.top_p), 0.0)
-    return weights
+    if draws.limited is not None:
+        rows = draws.limited
+        weights[rows] = truncated(weights[rows], draws.top_k[rows], draws.top_p[rows])
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    tokens = _invert(cumulative, uniform[:, 0])
+    if draws.nucleus is not None:
+        _draw_nucleus_(tokens, weights, cumulative, draws, uniform)
+    return torch.where(cumulative[:, -1].isfinite(), tokens, NOT_FINITE)
+
+
+def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """The first token whose cumulative weight is beyond a share of the whole, [rows]."""
+    at = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[:, -1:], right=True)
+    return at.squeeze(-1).clamp_(max=cumulative.shape[-1] - 1)
+
+
+def _draw_nucleus_(
+    tokens: Tensor, weights: Tensor, cumulative: Tensor, draws: Draws, uniform: Tensor
+) -> None:
+    """Draw again, in place, until every token is of its row's nucleus."""
+    rows = draws.nucleus
+    assert rows is not None  # looked at by the caller
+    for attempt in range(ATTEMPTS):
+        mine = weights if len(rows) == len(weights) else weights[rows]
+        if attempt:
+            tokens[rows] = _invert(cumulative[rows], uniform[rows, attempt])
+        own = mine.gather(-1, tokens[rows].unsqueeze(-1))
+        above = torch.where(mine > own, mine, 0.0).sum(dim=-1)
+        outside = above >= draws.top_p[rows, 0] * cumulative[rows, -1]
+        rows = rows[outside]
+        if not len(rows):
+            return
+    kept = truncated(weights[rows], draws.top_k[rows], draws.top_p[rows])
+    tokens[rows] = _invert(kept.cumsum(dim=-1, dtype=torch.float64), uniform[rows, 0])
+
+
+def truncated(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """The weights that top-k and then top-p keep, 0 for the others.
+
+    Top-k keeps the k largest and all that are as large as the last of them. Top-p keeps, of these, the
+    largest ones until their sum reaches that share of the whole, at least one, and all that are as large as
+    the last.
+
+    Args:
+        weights: [rows, vocabulary], not negative.
+        top_k: int64 [rows, 1], from 1; the vocabulary's size and more keep all.
+        top_p: [rows, 1]; 1 and more keep all.
+    """
+    count = min(int(top_k.max()), weights.shape[-1])
+    ordered = weights.topk(count, dim=-1).values
+    last = ordered.gather(-1, top_k.clamp(max=count) - 1)
+    share = ordered.double().masked_fill_(ordered < last, 0.0)
+    above = share.cumsum(dim=-1)
+    kept = (above - share < top_p.double() * above[:, -1:]) & (ordered >= last)
+    kept[:, 0] = True
+    nucleus = torch.where(kept, ordered, torch.inf).amin(dim=-1, keepdim=True)
+    return weights.masked_fill(weights < torch.where(top_p < 1, nucleus, last), 0.0)
 
 
 class Sampler:

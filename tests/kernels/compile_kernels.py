@@ -17,9 +17,17 @@ from loramux.kernels.gated_lora.triton import BlockGate, expand_launch, parts_of
 from loramux.kernels.launch import Launch
 from loramux.kernels.mixlora_ffn import Experts, probabilities, top_k
 from loramux.kernels.mixlora_ffn.triton import mix_launch
+from loramux.kernels.paged_attention import Rows, Scores
+from loramux.kernels.paged_attention.triton import launches
 from tests.kernels.ffn_blocks import random_block
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 #: (arch, dtype, tokens, rank, in and out, gate)
 GATED_LORA: list[tuple[int, torch.dtype, int, int, int, str]] = [
     (80, torch.bfloat16, 32, 16, 4096, "none"),
@@ -28,6 +36,13 @@ GATED_LORA: list[tuple[int, torch.dtype, int, int, int, str]] = [
     (80, torch.float32, 2048, 64, 129, "row"),
     (90, torch.bfloat16, 32, 64, 4096, "row"),
     (90, torch.bfloat16, 2048, 64, 4096, "block"),
+]
+#: (arch, dtype, rows, heads, kv heads, dim of a head, how scores are made)
+PAGED_ATTENTION: list[tuple[int, torch.dtype, int, int, int, int, Scores]] = [
+    (80, torch.bfloat16, 1, 32, 8, 128, Scores(0.1)),
+    (80, torch.float32, 64, 4, 4, 40, Scores(0.1, window=33, softcap=20.0, sinks=torch.empty(4))),
+    (90, torch.bfloat16, 32, 32, 8, 64, Scores(0.1)),
+    (90, torch.float16, 3, 9, 3, 64, Scores(0.1, sinks=torch.empty(9, dtype=torch.float16))),
 ]
 #: (arch, dtype, tokens, rank, kind of block)
 MIXLORA_FFN: list[tuple[int, torch.dtype, int, int, str]] = [
@@ -51,10 +66,10 @@ def compile_for(arch: int, launch: Launch) -> Any:
         if isinstance(value, torch.Tensor):
             signature[name], number = TYPES[value.dtype], value.data_ptr()
         else:
-            signature[name], number = "i32", value
+            signature[name], number = ("fp32" if isinstance(value, float) else "i32"), value
             if name == "tokens":
                 continue
-            if number == 1:
+            if number == 1 and isinstance(value, int):
                 signature[name], constants[name] = "constexpr", 1
                 continue
         if number % 16 == 0:
@@ -77,7 +92,17 @@ def gated_lora() -> Iterator[tuple[int, Launch]]:
             "block": BlockGate(torch.empty(tokens, 5), torch.empty(16, rank, dtype=torch.int32)),
         }
         yield arch, shrink_launch(hidden, x, [factor] * modules, table)
-        yield arch, expand_launch(x, hidden[0], factor, table, gates[kind])
+        yield arch, expand_launch([x] * modules, hidden, [factor] * modules, table, gates[kind])
+
+
+def paged_attention() -> Iterator[tuple[int, Launch]]:
+    for arch, dtype, rows, heads, kv_heads, dim, scores in PAGED_ATTENTION:
+        cache = torch.empty(9, 32, kv_heads, dim, dtype=dtype)
+        query, key = torch.empty(rows, heads, dim, dtype=dtype), torch.empty(rows, kv_heads, dim, dtype=dtype)
+        tables, lengths = torch.empty(rows, 8, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
+        where = Rows(tables, lengths, torch.empty(rows, dtype=torch.int64))
+        for launch in launches(query, key, key, cache, cache, where, scores)[0]:
+            yield arch, launch
 
 
 def mixlora_ffn() -> Iterator[tuple[int, Launch]]:
@@ -96,7 +121,7 @@ def mixlora_ffn() -> Iterator[tuple[int, Launch]]:
 
 def main() -> None:
     shared = []
-    for arch, launch in itertools.chain(gated_lora(), mixlora_ffn()):
+    for arch, launch in itertools.chain(gated_lora(), paged_attention(), mixlora_ffn()):
         compiled = compile_for(arch, launch)
         assert compiled.asm["cubin"]
         shared.append(compiled.metadata.shared)

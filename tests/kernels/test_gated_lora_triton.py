@@ -109,6 +109,21 @@ def test_equals_the_formula_under_all_traffic(kind: str, dtype: torch.dtype) -> 
     assert torch.equal(bits(out)[problem.bare], bits(problem.y)[problem.bare])
 
 
+@pytest.mark.parametrize("modules", [2, 3, 5])
+def test_modules_that_share_their_input_are_each_what_they_are_alone(modules: int) -> None:
+    segments = traffic("zipf", make_slots(6, ROWS, 16))
+    problem = Problem(segments, 90, 50, torch.float32)
+    tokens = problem.x.shape[0]
+    widths = [draw(1, 200) for _ in range(modules)]
+    a = [normal(ROWS, 90, scale=0.1) for _ in widths]
+    b = [normal(ROWS, width, scale=0.2) for width in widths]
+    ys = [normal(tokens, width) for width in widths]
+    outs = [y.clone() for y in ys]
+    form.gated_lora_all_(outs, problem.x, a, b, problem.table(16))
+    for one, y, factor_a, factor_b in zip(outs, ys, a, b, strict=True):
+        assert error(one, formula(y, problem.x, factor_a, factor_b, problem.gate)) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("n_in", "n_out", "max_rank", "rows"),

@@ -10,6 +10,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from loramux.adapters.base_shapes import BaseShapes
+from loramux.kernels.gated_lora.tabled import TabledForm
+from loramux.server.engine.graphs import StepGraphs
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineError,
@@ -71,6 +73,42 @@ def test_sixteen_concurrent_streams_equal_their_isolated_runs(prefix_sharing: bo
         if prompt is shared
     }
     assert len({tuple(tokens) for tokens in by_mixture.values()}) == len(MIXTURES)
+
+
+def test_captured_steps_say_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the capture is off and the rest is on: fixed buffers, padding, tables that are filled before a
+    step."""
+    model = tiny_llama()
+    experts = make_experts(model, (4, 8, 3))
+    jobs = [(random_prompt(2 + 5 * i), MIXTURES[i % 5], 5 + 3 * i) for i in range(9)]
+    replays: list[bool] = []
+    replay = StepGraphs.replay
+
+    def counted(self: StepGraphs, slots: Any) -> Any:
+        found = replay(self, slots)
+        replays.append(found is not None)
+        return found
+
+    monkeypatch.setattr(StepGraphs, "replay", counted)
+
+    async def scenario(**options: Any) -> list[list[int]]:
+        async with running(with_delta(model, []), experts, **options) as rig:
+            asks = (rig.ask(p, m, max_tokens=n, logprobs=1) for p, m, n in jobs)
+            answers = await asyncio.gather(*asks)
+            short = await rig.ask(random_prompt(1), {}, max_tokens=1)  # a prompt that is a single token
+            assert len(short.tokens) == 1
+            return [answer.tokens for answer in answers]
+
+    plain = asyncio.run(scenario(max_running=6))
+    assert not replays
+    assert asyncio.run(scenario(max_running=6, graphs=True, form=TabledForm())) == plain
+    assert replays.count(True) > 20
+    # Blends of more rows than a table has room for, and forms without tables, run as they did.
+    monkeypatch.setattr("loramux.server.engine.graphs.LEAST_RANK", 4)
+    before = len(replays)
+    assert asyncio.run(scenario(max_running=6, graphs=True, form=TabledForm(), rows=16)) == plain
+    assert False in replays[before:]
+    assert asyncio.run(scenario(max_running=6, graphs=True)) == plain
 
 
 def test_prefixes_are_shared_within_a_blend_and_never_across() -> None:

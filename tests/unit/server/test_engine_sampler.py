@@ -1,6 +1,7 @@
 """Sampling against transformers' own warpers, and draws against the distribution they come from."""
 
 import asyncio
+import secrets
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from transformers import (
 
 from loramux.server.engine.protocol import Sampling, TokenScore, Work
 from loramux.server.engine.sampler import (
+    ATTEMPTS,
     Draws,
     Sampler,
     adjust_,
     draw,
-    kept_weights,
     token_score,
+    truncated,
     uniforms,
 )
 from loramux.server.engine.sequence import Sequence
@@ -55,10 +57,24 @@ class One:
         return logits
 
 
-def distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    draws = Draws.of([sampling], len(logits), logits.device)
-    weights = kept_weights(logits.unsqueeze(0), draws)[0].double()
-    return weights / weights.sum()
+def drawn(logits: torch.Tensor, sampling: Sampling, count: int) -> torch.Tensor:
+    """How often each token comes in so many draws."""
+    draws = Draws.of([sampling] * count, len(logits), logits.device)
+    numbers = torch.from_numpy(uniforms([secrets.randbits(63)] * count, list(range(count))))
+    return draw(logits.expand(count, -1), draws, numbers).bincount(minlength=len(logits)).double()
+
+
+def expected_distribution(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """What transformers' own warpers make of float64 logits."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    warped: torch.Tensor = warpers(torch.zeros(1, 1, dtype=torch.long), logits[None].double())[0]
+    return warped.softmax(-1)
 
 
 OPTIONS = [
@@ -74,36 +90,43 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_distribution_is_the_one_of_the_reference_warpers(options: dict[str, float]) -> None:
-    logits = torch.randn(211) * 3
+def test_draws_follow_the_distribution_of_the_reference_warpers(options: dict[str, float]) -> None:
+    logits = torch.randn(23) * 1.5
     sampling = Sampling(max_tokens=1, **options)  # type: ignore[arg-type]
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
-    if sampling.min_p:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    expected = warpers(torch.zeros(1, 1, dtype=torch.long), logits[None].double())[0].softmax(-1)
-    actual = distribution(logits, sampling)
-    assert torch.allclose(actual, expected, atol=1e-6)
-
-
-def test_draws_follow_the_distribution() -> None:
-    logits = torch.randn(12) * 1.5
-    sampling = Sampling(max_tokens=10**6, temperature=1.1, top_k=9)
-    expected = distribution(logits, sampling)
+    expected = expected_distribution(logits, sampling)
     draws = 6000
-    sampler = One(sampling, (1,))
-    counts = torch.zeros(12)
-    for _ in range(draws):
-        token = sampler.sample(logits).id
-        sampler.accept(token)
-        counts[token] += 1
+    counts = drawn(logits, sampling, draws)
     assert counts[expected == 0].sum() == 0
-    kept = expected > 0
+    kept = draws * expected > 0.5
     chi_square = ((counts - draws * expected) ** 2 / (draws * expected))[kept].sum()
-    assert chi_square < 40  # 8 degrees of freedom: exceeded once in 300,000 runs
+    assert chi_square < 75  # 22 degrees of freedom at most: exceeded once in 3,000,000 runs
+
+
+@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.9, 0.999])
+def test_a_flat_distribution_is_cut_where_sorting_cuts_it(top_p: float) -> None:
+    logits = torch.randn(5000) * 0.5
+    sampling = Sampling(max_tokens=1, top_p=top_p)
+    expected = expected_distribution(logits, sampling)
+    counts = drawn(logits, sampling, 400)
+    # The reference sums in another order: of 5,000 tokens, the one at the edge may be on either side.
+    edge = expected[expected > 0].min()
+    outside = (counts > 0) & (logits.softmax(-1) / logits.softmax(-1).max() < 0.999 * edge / expected.max())
+    assert outside.sum() == 0
+    assert (counts > 0).sum() > min(100, 0.5 * (expected > 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(1, 1.0), (7, 1.0), (7, 0.5), (300, 0.8), (40, 0.99), (299, 1e-9)]
+)
+def test_what_is_kept_is_what_sorting_keeps(top_k: int, top_p: float) -> None:
+    weights = torch.rand(4, 300)
+    weights[3, 5:9] = weights[3].max()  # ties stay together
+    kept = truncated(weights, torch.full((4, 1), top_k), torch.full((4, 1), top_p)) > 0
+    for row, found in zip(weights, kept, strict=True):
+        order = row.sort(descending=True).indices[:top_k]
+        share = row[order].double() / row[order].double().sum()
+        count = int((share.cumsum(0) - share < top_p).sum()) if top_p < 1 else len(order)
+        assert torch.equal(found, row >= row[order[max(count, 1) - 1]])
 
 
 def test_seeds_decide_and_nothing_else_does() -> None:
@@ -239,20 +262,20 @@ def test_a_mixed_batch_chooses_what_each_row_chooses_alone() -> None:
 
 
 def test_uniforms_are_uniform_and_depend_on_seed_and_position_only() -> None:
-    many = uniforms(list(range(200)) * 50, [n for n in range(50) for _ in range(200)])
+    many = uniforms(list(range(200)) * 50, [n for n in range(50) for _ in range(200)])[:, 0]
     assert len(set(many.tolist())) == len(many)
     assert abs(float(many.mean()) - 0.5) < 0.02
     counts = torch.histc(torch.from_numpy(many).float(), 10, 0, 1)
     assert float(((counts - 1000) ** 2 / 1000).sum()) < 40  # 9 degrees of freedom
-    assert uniforms([3, 4], [8, 8])[0] == uniforms([3], [8])[0]
-    assert 0 <= uniforms([2**63 - 1], [2**20])[0] < 1
+    assert (uniforms([3, 4], [8, 8])[0] == uniforms([3], [8])[0]).all()
+    assert len(set(uniforms([2**63 - 1], [2**20])[0].tolist())) == ATTEMPTS
 
 
 def test_draws_invert_the_cumulative_distribution_in_the_order_of_ids() -> None:
     logits = torch.tensor([[0.5, 0.2, 0.3]]).log()
     draws = Draws.of([Sampling(max_tokens=1)], 3, logits.device)
     found = [
-        int(draw(logits, draws, torch.tensor([u], dtype=torch.float64)))
+        int(draw(logits, draws, torch.full((1, ATTEMPTS), u, dtype=torch.float64)))
         for u in (0.0, 0.49, 0.51, 0.69, 0.71, 1 - 2**-53)
     ]
     assert found == [0, 0, 1, 1, 2, 2]
