@@ -17,13 +17,16 @@ from loramux.adapters.blend import Blend
 
 @dataclass
 class Bench:
-    """`repeats` is how many values a median is taken of; `progress` is told what is being measured."""
+    """`context` and `tokens` are the lengths of prompts and answers where a scenario leaves them open;
+    `repeats` is how many values a median is taken of; `progress` is told what is being measured."""
 
     shape: Shape
     repeats: int
     stack: AsyncExitStack
     progress: Callable[[str], None]
     device: str = "cpu"
+    context: int = 256
+    tokens: int = 64
     _rig: Rig | None = field(default=None, init=False)
     _folder: Path | None = field(default=None, init=False)
 
@@ -59,7 +62,7 @@ class Bench:
                 folder,
                 self.shape,
                 dtype="bfloat16" if cuda else "float32",
-                quantization="nf4" if cuda else "none",
+                quantization=self.shape.quantization if cuda else "none",
                 device=self.device,
             )
             rig = await self.stack.enter_async_context(making)

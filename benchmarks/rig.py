@@ -18,7 +18,7 @@ from loramux.adapters.arena import Arena
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.blend import Blend
 from loramux.adapters.layers import AdapterLayers
-from loramux.adapters.residency import Residency
+from loramux.adapters.residency import Handle, Residency
 from loramux.kernels.packed_linear import pack_linears
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import load_base
@@ -80,7 +80,10 @@ class Rig:
     def __init__(self, model: PreTrainedModel, residency: Residency, layers: AdapterLayers) -> None:
         self.model = model
         self.residency = residency
-        self.engine = LocalEngine(model, layers, eos_ids=(), limits=LIMITS)
+        self.layers = layers
+        cuda = model.device.type == "cuda"
+        limits = replace(LIMITS, graphs=True, kv_tokens=32768) if cuda else LIMITS
+        self.engine = LocalEngine(model, layers, eos_ids=(), limits=limits)
         self._ids = count()
 
     def mixture(self, number: int) -> Blend:
@@ -108,27 +111,43 @@ class Rig:
         return tuple(torch.randint(3, self.model.config.vocab_size, (length,)).tolist())
 
     async def tokens(
-        self, prompt: Sequence[int], blend: Blend, tokens: int, sampling: Sampling | None = None
+        self,
+        prompt: Sequence[int],
+        blend: Blend,
+        tokens: int,
+        sampling: Sampling | None = None,
+        handle: Handle | None = None,
     ) -> AsyncIterator[Token]:
-        """The tokens of one request, greedily unless `sampling` says otherwise, as they come."""
+        """The tokens of one request, greedily unless `sampling` says otherwise, as they come; under `handle`,
+        if given, in place of a blend's."""
         chosen = replace(sampling or Sampling(0, temperature=0), max_tokens=tokens, ignore_eos=True)
         async with self.residency.lease(blend) as lease:
-            work = Work(f"w{next(self._ids)}", tuple(prompt), chosen, lease.handle)
+            work = Work(f"w{next(self._ids)}", tuple(prompt), chosen, handle or lease.handle)
             async with aclosing(self.engine.run(work)) as events:
                 async for event in events:
                     if isinstance(event, Token):
                         yield event
 
-    async def drive(self, blends: Sequence[Blend], *, prompt: int, tokens: int) -> Drive:
+    async def drive(
+        self,
+        blends: Sequence[Blend],
+        *,
+        prompt: int,
+        tokens: int,
+        sampling: Sampling | None = None,
+        handle: Handle | None = None,
+    ) -> Drive:
         """One request a blend, all at once, each with a prompt of its own."""
         prompts = [self.prompt(prompt) for _ in blends]
         started = time.perf_counter()
         pairs = zip(prompts, blends, strict=True)
-        rows = await asyncio.gather(*(self._stamps(ids, blend, tokens) for ids, blend in pairs))
+        runs = (self._stamps(self.tokens(ids, blend, tokens, sampling, handle)) for ids, blend in pairs)
+        rows = await asyncio.gather(*runs)
         return Drive(started, prompt, tuple(rows))
 
-    async def _stamps(self, prompt: Sequence[int], blend: Blend, tokens: int) -> tuple[float, ...]:
-        return tuple([time.perf_counter() async for _ in self.tokens(prompt, blend, tokens)])
+    @staticmethod
+    async def _stamps(tokens: AsyncIterator[Token]) -> tuple[float, ...]:
+        return tuple([time.perf_counter() async for _ in tokens])
 
 
 @asynccontextmanager

@@ -20,7 +20,8 @@ SPREAD = 0.02
 class Shape:
     """Sizes of a Llama, and the experts of its pool.
 
-    `tied`: the output head is the embedding. `has_goals`: the goals were set for this shape.
+    `kv_heads`: as many as `heads` where not given. `tied`: the output head is the embedding. `has_goals`: the
+    goals were set for this shape. `quantization`: of the base on a CUDA device.
     """
 
     name: str
@@ -28,11 +29,13 @@ class Shape:
     ffn: int
     layers: int
     heads: int
+    kv_heads: int | None = None
     experts: int = 8
     rank: int = 16
     vocabulary: int = 32000
     tied: bool = False
     has_goals: bool = False
+    quantization: str = "nf4"
 
     def config(self, layers: int | None = None) -> LlamaConfig:
         """Its config, with other `layers` if given."""
@@ -42,7 +45,7 @@ class Shape:
             intermediate_size=self.ffn,
             num_hidden_layers=self.layers if layers is None else layers,
             num_attention_heads=self.heads,
-            num_key_value_heads=self.heads,
+            num_key_value_heads=self.kv_heads or self.heads,
             max_position_embeddings=CONTEXT,
             tie_word_embeddings=self.tied,
         )
@@ -54,6 +57,10 @@ SHAPES = {
         Shape("tiny", 256, 768, 6, 8, vocabulary=8192, tied=True),
         Shape("0.39b", 1024, 3072, 24, 16, has_goals=True),
         Shape("7b", 4096, 11008, 32, 32, experts=16, has_goals=True),
+        Shape(
+            "1b", 2048, 8192, 16, 32, 8, 16, vocabulary=128256, tied=True, has_goals=True, quantization="none"
+        ),
+        Shape("8b", 4096, 14336, 32, 32, 8, 16, 16, 128256, has_goals=True),
     )
 }
 

@@ -244,8 +244,8 @@ def tamed(model: SparseModel) -> SparseModel:
     tensors = [tensor for pair in model.plain.values() for tensor in (pair.a, pair.b)]
     routers = []
     for mixture in model.linear.values():
-        assert isinstance(mixture, RankMixture)
-        tensors += [mixture.a, mixture.b]
+        factors = mixture if isinstance(mixture, RankMixture) else mixture.factors
+        tensors += [factors.a, factors.b]
         routers += [] if mixture.router is None else [mixture.router]
     for block in model.ffn.values():
         routers.append(block.router)

@@ -242,6 +242,7 @@ def make_engine(
         kv_tokens=kv_tokens,
         max_batch_tokens=chosen.max_batch_tokens,
         prefix_sharing=chosen.prefix_sharing,
+        graphs=chosen.cuda_graphs == "auto" and model.device.type == "cuda",
     )
     generation = model.generation_config.eos_token_id if model.generation_config else None
     eos = model.config.eos_token_id if generation is None else generation

@@ -67,6 +67,10 @@ class EngineSettings(_Section):
     prefix_sharing: bool = Field(
         default=True, description="Share the cache of equal prompt heads within one blend."
     )
+    cuda_graphs: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Capture decode steps at the start on a CUDA device, or run them uncaptured.",
+    )
 
 
 class ResidencySettings(_Section):

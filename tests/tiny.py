@@ -1,5 +1,6 @@
 """Tiny random models and adapters, and a running engine over them."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from loramux.adapters.residency import Residency
 from loramux.kernels.gated_lora import Form
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.protocol import Event, Finished, Sampling, Token, TokenScore, Work
+from loramux.server.engine.sampler import Sampler, adjust_
+from loramux.server.engine.sequence import Sequence as EngineSequence
 
 VOCABULARY = 300
 
@@ -145,7 +148,7 @@ async def running(
 ) -> AsyncIterator[Rig]:
     """An engine over `model`, which is changed by it; stopped, and its rows recounted, at the end."""
     shapes = BaseShapes.from_model(model, "tiny")
-    arena = Arena(shapes, rows)
+    arena = Arena(shapes, rows, dtype=model.dtype, device=model.device)
     layers = AdapterLayers(model, arena, form)
     residency = Residency({expert.id: expert for expert in experts}, arena)
     chosen = EngineLimits(**{"kv_tokens": 4096, "page_size": 8, "max_batch_tokens": 64, **limits})
@@ -156,3 +159,33 @@ async def running(
     finally:
         await engine.stop(5)
         residency.check_integrity()
+
+
+# No events are delivered here.
+NOWHERE = asyncio.new_event_loop()
+NOWHERE.close()
+
+
+def sequence(sampling: Sampling, prompt: tuple[int, ...] = (1,)) -> EngineSequence:
+    return EngineSequence(Work("w", prompt, sampling), frozenset(), NOWHERE)
+
+
+class Alone:
+    """One sequence, whose tokens are chosen alone."""
+
+    def __init__(self, sampling: Sampling, prompt: tuple[int, ...] = (1,)) -> None:
+        self.sequence = sequence(sampling, prompt)
+        self.sampler = Sampler()
+
+    def sample(self, logits: torch.Tensor) -> TokenScore:
+        [score] = self.sampler.choose(logits.unsqueeze(0), [self.sequence])
+        assert score is not None
+        return score
+
+    def accept(self, token: int) -> None:
+        self.sequence.accept(TokenScore(token))
+
+    def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        adjust_(logits, self.sequence)
+        return logits

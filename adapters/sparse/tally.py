@@ -22,12 +22,13 @@ class ExpertLoad(NamedTuple):
 
 
 class Tally:
-    """Sums on the device, so that counting waits for nothing. One thread adds, any may read."""
+    """Sums on the device, so that counting waits for nothing and can be captured. One thread adds, any may
+    read."""
 
     def __init__(self, experts: int, device: torch.device | str) -> None:
         self._tokens = torch.zeros(experts, dtype=torch.float64, device=device)
         self._entropy = torch.zeros((), dtype=torch.float64, device=device)
-        self._decisions = 0
+        self._decisions = torch.zeros((), dtype=torch.int64, device=device)
 
     def add(self, served: Tensor, probabilities: Tensor) -> None:
         """Count T decisions: what each expert served [T, e], and the distribution it was chosen from
@@ -39,4 +40,4 @@ class Tally:
     def read(self) -> ExpertLoad:
         """The sums so far."""
         tokens = tuple(round(value) for value in self._tokens.tolist())
-        return ExpertLoad(tokens, float(self._entropy) / max(1, self._decisions))
+        return ExpertLoad(tokens, float(self._entropy) / max(1, int(self._decisions)))

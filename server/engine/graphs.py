@@ -2,19 +2,21 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from loramux.adapters.layers import AdapterLayers
-from loramux.kernels.gated_lora import BARE, GateSlot, Plan, Slot
+from loramux.kernels.gated_lora import BARE, GateSlot, Plan, Slot, TokenSlot, plan_step
 from loramux.kernels.gated_lora.slots import SlotTable
 from loramux.server.engine.attention import PagedAttention
 from loramux.server.engine.inputs import StepInputs
 
 #: Rows of the arena that a captured step has room for in one slot: of more, a step runs uncaptured.
 LEAST_RANK = 64
+
+Step = Callable[[], None]
 
 
 def buckets(max_running: int) -> list[int]:
@@ -26,7 +28,8 @@ def buckets(max_running: int) -> list[int]:
 
 
 class StepGraphs:
-    """For each size of a batch two steps, with and without adapters.
+    """For each size of a batch two steps, with and without adapters; and for batches of one sparse model
+    steps of exactly their size, captured when one comes for the second time.
 
     Off a CUDA device nothing is captured and a replay calls the same code over the same buffers, which is how
     it is tested there.
@@ -52,29 +55,73 @@ class StepGraphs:
         self._rank = min(rows, max(LEAST_RANK, 1 << (rows // 4).bit_length()))
         self._logits = torch.zeros(max_running, vocabulary, dtype=torch.float32, device=self._device)
         self._best = torch.zeros(max_running, dtype=torch.int64, device=self._device)
-        self._graphs: dict[tuple[int, bool], Callable[[], None]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._on_cuda else None
+        self._steps: dict[tuple[int, bool], Step] = {}
         self._tables: dict[int, SlotTable] = {}
+        self._sparse: WeakKeyDictionary[TokenSlot, dict[int, Step | None]] = WeakKeyDictionary()
 
+    @torch.inference_mode()
     def capture(self, progress: Callable[[str], None]) -> None:
-        """Capture all of them, the largest first, so that the smaller ones find room in its memory."""
-        pool = torch.cuda.graph_pool_handle() if self._on_cuda else None
+        """Capture all sizes, the largest first, so that the smaller ones find room in its memory."""
         before = torch.cuda.memory_reserved(self._device) if self._on_cuda else 0
         for size in reversed(self._sizes):
-            table = SlotTable(size, size, self._rank, self._layers.arena.rows, self._device)
-            self._tables[size] = table
-            self._graphs[size, False] = self._captured(size, None, pool)
+            self._pad(0, size)
+            self._inputs.send()
+            self._steps[size, False] = self._captured(size, BARE)
             if self._layers.form.takes_tables:
-                self._graphs[size, True] = self._captured(size, table, pool)
+                table = SlotTable(size, size, self._rank, self._layers.arena.rows, self._device)
+                self._tables[size] = table
+                self._steps[size, True] = self._captured(size, Plan(table=table))
         if self._on_cuda:
             taken = (torch.cuda.memory_reserved(self._device) - before) / 2**20
             progress(
-                f"captured {len(self._graphs)} steps of up to {self._sizes[-1]} sequences: {taken:.0f} MiB"
+                f"captured {len(self._steps)} steps of up to {self._sizes[-1]} sequences: {taken:.0f} MiB"
             )
 
+    def replay(self, slots: Items[tuple[Slot | None, int]]) -> tuple[Tensor, Tensor] | None:
+        """Run the step whose rows the inputs hold; logits float32 [rows, vocabulary] and their argmax, or
+        `None` where no captured step fits."""
+        count = len(slots)
+        step = self._step_of_one_model(slots) or self._step_of_rows(slots)
+        if step is None:
+            return None
+        self._inputs.send()
+        step()
+        return self._logits[:count], self._best[:count]
+
+    def _step_of_rows(self, slots: Items[tuple[Slot | None, int]]) -> Step | None:
+        count = len(slots)
+        size = next((size for size in self._sizes if size >= count), 0)
+        rows = [(slot, length) for slot, length in slots if slot is None or isinstance(slot, GateSlot)]
+        if len(rows) < count or any(slot is not None and len(slot.gate) > self._rank for slot, _ in rows):
+            return None
+        adapted = any(slot is not None for slot, _ in rows)
+        step = self._steps.get((size, adapted))
+        if step is not None:
+            if adapted:
+                self._tables[size].fill(rows)
+            self._pad(count, size)
+        return step
+
+    def _step_of_one_model(self, slots: Items[tuple[Slot | None, int]]) -> Step | None:
+        """Without padding: what a sparse model's routers decide is counted."""
+        slot, count = slots[0][0], len(slots)
+        if slot is None or isinstance(slot, GateSlot) or any(other is not slot for other, _ in slots):
+            return None
+        steps = self._sparse.setdefault(slot, {})
+        if count not in steps:  # this once it runs uncaptured, which compiles its kernels
+            steps[count] = None
+            return None
+        step = steps[count]
+        if step is None:
+            step = steps[count] = self._captured(count, plan_step(slots), warm=True)
+        return step
+
     @torch.inference_mode()
-    def _captured(self, size: int, table: SlotTable | None, pool: Any) -> Callable[[], None]:
+    def _captured(self, size: int, plan: Plan, *, warm: bool = False) -> Step:
+        """The step of so many rows under a plan. Unless everything is `warm`, it is run before: kernels are
+        compiled and workspaces made before anything is captured."""
         rows = self._inputs.rows(size)
-        plan = BARE if table is None else Plan(table=table)
 
         def step() -> None:
             self._paged.plan(rows)
@@ -87,41 +134,13 @@ class StepGraphs:
 
         if not self._on_cuda:
             return step
-        self._pad(0, size)
-        self._inputs.send()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # kernels are compiled and workspaces made before anything is captured
-                step()
-        torch.cuda.current_stream().wait_stream(side)
+        if not warm:
+            step()
+        torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=self._pool):
             step()
         return graph.replay
-
-    def replay(self, slots: Items[tuple[Slot | None, int]]) -> tuple[Tensor, Tensor] | None:
-        """Run the step whose rows the inputs hold; logits float32 [rows, vocabulary] and their argmax, or
-        `None` where no captured step fits."""
-        count = len(slots)
-        size = next((size for size in self._sizes if size >= count), None)
-        if size is None:
-            return None
-        adapted = [(slot, length) for slot, length in slots if slot is None or isinstance(slot, GateSlot)]
-        if len(adapted) < count or any(
-            slot is not None and len(slot.gate) > self._rank for slot, _ in adapted
-        ):
-            return None
-        bare = all(slot is None for slot, _ in adapted)
-        graph = self._graphs.get((size, not bare))
-        if graph is None:
-            return None
-        if not bare:
-            self._tables[size].fill(adapted)
-        self._pad(count, size)
-        self._inputs.send()
-        graph()
-        return self._logits[:count], self._best[:count]
 
     def _pad(self, count: int, size: int) -> None:
         """Rows beyond the batch's own attend to one token on the page that belongs to nobody."""

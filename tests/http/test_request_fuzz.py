@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from loramux.server.engine.protocol import Work
-from loramux.server.engine.sampler import Sampler
 from loramux.server.wire.chat import ChatRequest
 from loramux.server.wire.completions import CompletionRequest
 from loramux.server.wire.generation import LoraScale, RoutingFields
@@ -28,6 +27,7 @@ from loramux.server.wire.strict import StrictModel
 from loramux.server.wire.tokenize import DetokenizeRequest, TokenizeRequest
 from tests.http.serving import BASE, EXPERTS, TOKENIZER, Served, serving
 from tests.kit import ScriptedEngine
+from tests.tiny import Alone
 
 EXAMPLES = int(os.environ.get("LORAMUX_FUZZ_EXAMPLES", "200"))
 FUZZ = settings(
@@ -53,7 +53,7 @@ RAW = ["NaN", "Infinity", "-Infinity", "1e400", "-1e400", "1e-400", "-0", "1E+2"
 
 def sampled(work: Work) -> Sequence[int]:
     """Tokens that the server's own sampler draws, so that a parameter it cannot compute with fails here."""
-    sampler = Sampler(work.sampling, work.prompt)
+    sampler = Alone(work.sampling, work.prompt)
     logits = torch.linspace(-30, 30, len(TOKENIZER))[torch.randperm(len(TOKENIZER))]
     tokens = []
     for _ in range(work.sampling.max_tokens):

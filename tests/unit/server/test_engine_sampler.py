@@ -1,6 +1,5 @@
 """Sampling against transformers' own warpers, and draws against the distribution they come from."""
 
-import asyncio
 import secrets
 
 import pytest
@@ -14,47 +13,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from loramux.server.engine.protocol import Sampling, TokenScore, Work
+from loramux.server.engine.protocol import Sampling
 from loramux.server.engine.sampler import (
     ATTEMPTS,
     Draws,
     Sampler,
-    adjust_,
     draw,
     token_score,
     truncated,
     uniforms,
 )
-from loramux.server.engine.sequence import Sequence
-
-# No events are delivered here.
-NOWHERE = asyncio.new_event_loop()
-NOWHERE.close()
-
-
-def sequence(sampling: Sampling, prompt: tuple[int, ...] = (1,)) -> Sequence:
-    return Sequence(Work("w", prompt, sampling), frozenset(), NOWHERE)
-
-
-class One:
-    """One sequence, whose tokens are chosen alone."""
-
-    def __init__(self, sampling: Sampling, prompt: tuple[int, ...] = (1,)) -> None:
-        self.sequence = sequence(sampling, prompt)
-        self.sampler = Sampler()
-
-    def sample(self, logits: torch.Tensor) -> TokenScore:
-        [score] = self.sampler.choose(logits.unsqueeze(0), [self.sequence])
-        assert score is not None
-        return score
-
-    def accept(self, token: int) -> None:
-        self.sequence.accept(TokenScore(token))
-
-    def adjusted(self, logits: torch.Tensor) -> torch.Tensor:
-        logits = logits.clone()
-        adjust_(logits, self.sequence)
-        return logits
+from tests.tiny import Alone, sequence
 
 
 def drawn(logits: torch.Tensor, sampling: Sampling, count: int) -> torch.Tensor:
@@ -133,7 +102,7 @@ def test_seeds_decide_and_nothing_else_does() -> None:
     logits = torch.randn(50)
 
     def tokens(seed: int | None) -> list[int]:
-        sampler = One(Sampling(max_tokens=99, seed=seed))
+        sampler = Alone(Sampling(max_tokens=99, seed=seed))
         torch.rand(3)
         chosen = []
         for _ in range(20):
@@ -148,7 +117,7 @@ def test_seeds_decide_and_nothing_else_does() -> None:
 
 def test_presence_and_frequency_count_the_answer_only() -> None:
     logits = torch.zeros(10)
-    sampler = One(
+    sampler = Alone(
         Sampling(max_tokens=9, temperature=0, presence_penalty=0.5, frequency_penalty=0.25, logprobs=0),
         (7, 7, 7),
     )
@@ -162,7 +131,7 @@ def test_presence_and_frequency_count_the_answer_only() -> None:
 
 def test_repetition_penalty_equals_the_reference_over_prompt_and_answer() -> None:
     logits = torch.randn(30)
-    sampler = One(Sampling(max_tokens=9, temperature=0, repetition_penalty=1.7), (1, 5, 9))
+    sampler = Alone(Sampling(max_tokens=9, temperature=0, repetition_penalty=1.7), (1, 5, 9))
     for token in (9, 20):
         sampler.accept(token)
     reference = RepetitionPenaltyLogitsProcessor(1.7)
@@ -173,8 +142,10 @@ def test_repetition_penalty_equals_the_reference_over_prompt_and_answer() -> Non
 def test_logit_bias_forces_and_forbids() -> None:
     logits = torch.randn(30)
     best = int(logits.argmax())
-    assert One(Sampling(max_tokens=1, temperature=0, logit_bias={best: -100.0}), ()).sample(logits).id != best
-    assert One(Sampling(max_tokens=1, logit_bias={17: 100.0}), ()).sample(logits).id == 17
+    assert (
+        Alone(Sampling(max_tokens=1, temperature=0, logit_bias={best: -100.0}), ()).sample(logits).id != best
+    )
+    assert Alone(Sampling(max_tokens=1, logit_bias={17: 100.0}), ()).sample(logits).id == 17
 
 
 def test_the_logits_are_left_as_they_were() -> None:
@@ -187,7 +158,7 @@ def test_the_logits_are_left_as_they_were() -> None:
         "top_k": 3,
         "min_p": 0.1,
     }
-    sampler = One(Sampling(max_tokens=1, logprobs=2, **options), (2, 3))  # type: ignore[arg-type]
+    sampler = Alone(Sampling(max_tokens=1, logprobs=2, **options), (2, 3))  # type: ignore[arg-type]
     sampler.accept(4)
     sampler.sample(logits)
     assert torch.equal(logits, before)
@@ -195,7 +166,7 @@ def test_the_logits_are_left_as_they_were() -> None:
 
 def test_scores_are_those_of_the_model_before_sampling_parameters() -> None:
     logits = torch.randn(30)
-    score = One(Sampling(max_tokens=1, temperature=0, logit_bias={3: 100.0}, logprobs=2), ()).sample(logits)
+    score = Alone(Sampling(max_tokens=1, temperature=0, logit_bias={3: 100.0}, logprobs=2), ()).sample(logits)
     logprobs = logits.log_softmax(-1)
     assert score.id == 3
     assert score.logprob == pytest.approx(float(logprobs[3]))
@@ -208,7 +179,7 @@ def test_scores_are_those_of_the_model_before_sampling_parameters() -> None:
 def test_a_temperature_that_underflows_once_chose_the_last_token_for_ever(temperature: float) -> None:
     for _ in range(5):
         logits = torch.randn(50) * 10
-        sampler = One(Sampling(max_tokens=1, temperature=temperature, seed=1, logprobs=0), (1, 2))
+        sampler = Alone(Sampling(max_tokens=1, temperature=temperature, seed=1, logprobs=0), (1, 2))
         assert sampler.sample(logits).id == int(logits.argmax())
 
 
@@ -223,7 +194,7 @@ def test_distributions_are_finite_at_the_edges(
         max_tokens=4, temperature=temperature, repetition_penalty=penalty, top_p=top_p, min_p=min_p, seed=3,
         presence_penalty=2.0, frequency_penalty=-2.0, logit_bias={5: 100.0, 6: -100.0}, logprobs=2,
     )  # fmt: skip
-    sampler = One(sampling, tuple(range(20)))
+    sampler = Alone(sampling, tuple(range(20)))
     for _ in range(4):
         score = sampler.sample(torch.randn(50) * 30)
         sampler.accept(score.id)

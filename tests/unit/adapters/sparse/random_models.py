@@ -126,9 +126,9 @@ def loracoe(shapes: BaseShapes, *, experts: int = 2, rank: int = 6) -> SparseMod
     return SparseModel("coe", Kind.LORACOE, "sha256:coe", linear=linear)
 
 
-def loramoe(shapes: BaseShapes, top_k: int | None = None, *, experts: int = 4) -> SparseModel:
+def loramoe(shapes: BaseShapes, top_k: int | None = None, *, experts: int = 4, rank: int = 3) -> SparseModel:
     linear = {
-        path: ExpertMixture(stack(experts, shape, 3), torch.randn(experts, shape[1]) * 0.3, top_k)
+        path: ExpertMixture(stack(experts, shape, rank), torch.randn(experts, shape[1]) * 0.3, top_k)
         for path, shape in shapes.modules.items()
     }
     kind = Kind.LORAMOE if top_k is None else Kind.MOLA
