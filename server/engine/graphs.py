@@ -63,6 +63,9 @@ class StepGraphs:
     @torch.inference_mode()
     def capture(self, progress: Callable[[str], None]) -> None:
         """Capture all sizes, the largest first, so that the smaller ones find room in its memory."""
+        self._pad(0, 1)
+        self._inputs.send()
+        self._step(1, BARE)()  # makes the cache, which is not what is counted here
         before = torch.cuda.memory_reserved(self._device) if self._on_cuda else 0
         for size in reversed(self._sizes):
             self._pad(0, size)
@@ -119,8 +122,20 @@ class StepGraphs:
 
     @torch.inference_mode()
     def _captured(self, size: int, plan: Plan, *, warm: bool = False) -> Step:
-        """The step of so many rows under a plan. Unless everything is `warm`, it is run before: kernels are
-        compiled and workspaces made before anything is captured."""
+        """The captured step of so many rows under a plan. Unless everything is `warm`, it is run before: kernels
+        are compiled and workspaces made before anything is captured."""
+        step = self._step(size, plan)
+        if not self._on_cuda:
+            return step
+        if not warm:
+            step()
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            step()
+        return graph.replay
+
+    def _step(self, size: int, plan: Plan) -> Step:
         rows = self._inputs.rows(size)
 
         def step() -> None:
@@ -132,15 +147,7 @@ class StepGraphs:
                 self._layers.plan = BARE
             torch.argmax(self._logits[:size], dim=-1, out=self._best[:size])
 
-        if not self._on_cuda:
-            return step
-        if not warm:
-            step()
-        torch.cuda.synchronize(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            step()
-        return graph.replay
+        return step
 
     def _pad(self, count: int, size: int) -> None:
         """Rows beyond the batch's own attend to one token on the page that belongs to nobody."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -50,6 +51,8 @@ class EngineLimits:
     graphs: bool = False
 
 
+#: How long a thread may run on while another one waits for the interpreter.
+SWITCH_SECONDS = 0.0005
 #: Told to the stepping thread.
 _Command = tuple[Literal["add", "cancel"], Sequence]
 
@@ -222,6 +225,8 @@ class LocalEngine:
 
     def _run(self) -> None:
         error: BaseException | None = None
+        # Otherwise this thread, back from the device, waits up to 5 ms for the event loop to give way.
+        sys.setswitchinterval(SWITCH_SECONDS)
         try:
             self._runner.start()
             while self._stopping != "now":
@@ -231,6 +236,7 @@ class LocalEngine:
                 elif self._stopping != "no":
                     break
                 else:
+                    self._flush()
                     self._wake.wait()
         except BaseException as fault:
             log.exception("the engine died")
@@ -260,7 +266,6 @@ class LocalEngine:
             if not chunk.sequence.started:
                 hits += chunk.start
                 self._post(chunk.sequence, chunk.sequence.start(chunk.start))
-        self._flush()  # the wait in the queue ends now, not when the step does
         try:
             chosen = self._compute(chunks)
         except Exception as error:
@@ -276,11 +281,10 @@ class LocalEngine:
             if sequence.finished:
                 self._scheduler.remove(sequence)
         self._count(chunks, time.monotonic() - started, hits)
-        self._flush()
 
     def _compute(self, chunks: Items[Chunk]) -> list[tuple[Sequence, TokenScore | None]]:
         """The next token of every sequence whose known tokens are all computed after this step."""
-        logits = self._runner.run(chunks)
+        logits = self._runner.run(chunks, self._flush)
         for chunk, rows in zip(chunks, logits.rows, strict=True):
             if chunk.sequence.needs_prompt_scores:
                 chunk.sequence.prompt_scores += prompt_scores(logits.values[rows], chunk)
@@ -300,7 +304,6 @@ class LocalEngine:
             self._drop(chunk.sequence, str(error) or type(error).__name__)
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
-        self._flush()
 
     def _drop(self, sequence: Sequence, error: str) -> None:
         self._scheduler.remove(sequence)
@@ -311,7 +314,7 @@ class LocalEngine:
         decodes = sum(chunk.length == 1 for chunk in chunks)
         prompts = sum(chunk.length for chunk in chunks) - decodes
         self._pace.stepped(seconds)
-        self._scheduler.tempo.stepped(seconds, prompts, decodes)
+        self._scheduler.tempo.stepped(seconds, prompts)
         s = self._stats
         self._stats = replace(
             s,

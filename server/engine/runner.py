@@ -90,15 +90,21 @@ class Runner:
         return self._paged.layers
 
     @torch.inference_mode()
-    def run(self, chunks: Items[Chunk]) -> Logits:
-        """The logits of a step; those of every position for a chunk whose prompt is to be scored."""
+    def run(self, chunks: Items[Chunk], meanwhile: Callable[[], None]) -> Logits:
+        """The logits of a step; those of every position for a chunk whose prompt is to be scored.
+
+        `meanwhile` is called once: while the device computes a captured step, which was launched in no time,
+        and before any other, which is launched bit by bit or computed right here.
+        """
         slots = [(chunk.sequence.slot, chunk.length) for chunk in chunks]
         count = self._write(chunks)
         singles = all(chunk.length == 1 for chunk in chunks)
         if singles and self._graphs is not None:
             replayed = self._graphs.replay(slots)
             if replayed is not None:
+                meanwhile()
                 return Logits(*replayed, tuple(slice(row, row + 1) for row in range(count)))
+        meanwhile()
         self._inputs.send()
         self._paged.plan(*self._attention(chunks, count))
         rows: list[slice] = []

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from loramux.server.engine.protocol import Sampling, TokenScore
 from loramux.server.engine.scheduler import Chunk
@@ -16,6 +17,8 @@ from loramux.server.engine.sequence import Sequence
 LEAST_TEMPERATURE = 1e-5
 # How often a token is drawn that may prove to lie outside of top-p, before the row is sorted.
 ATTEMPTS = 8
+# Tokens that are summed first, before the sums are summed.
+BLOCK = 256
 # What a row gets whose distribution is not finite.
 NOT_FINITE = -1
 
@@ -109,37 +112,76 @@ def draw(logits: Tensor, draws: Draws, uniform: Tensor) -> Tensor:
     if draws.limited is not None:
         rows = draws.limited
         weights[rows] = truncated(weights[rows], draws.top_k[rows], draws.top_p[rows])
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    tokens = _invert(cumulative, uniform[:, 0])
+    sums = Sums.of(weights)
+    tokens = sums.invert(uniform[:, 0])
     if draws.nucleus is not None:
-        _draw_nucleus_(tokens, weights, cumulative, draws, uniform)
-    return torch.where(cumulative[:, -1].isfinite(), tokens, NOT_FINITE)
+        _draw_nucleus_(tokens, sums, draws, uniform)
+    return torch.where(sums.total.isfinite(), tokens, NOT_FINITE)
 
 
-def _invert(cumulative: Tensor, uniform: Tensor) -> Tensor:
-    """The first token whose cumulative weight is beyond a share of the whole, [rows]."""
-    at = torch.searchsorted(cumulative, uniform.unsqueeze(-1) * cumulative[:, -1:], right=True)
-    return at.squeeze(-1).clamp_(max=cumulative.shape[-1] - 1)
+@dataclass(frozen=True, eq=False, slots=True)
+class Sums:
+    """Cumulative sums of rows in two levels, because one over a whole vocabulary is slow on every device.
+
+    Attributes:
+        weights: float32 [rows, blocks, BLOCK], zeros behind the vocabulary.
+        blocks: float64 [rows, blocks], the sums up to and including each block.
+    """
+
+    weights: Tensor
+    blocks: Tensor
+
+    @classmethod
+    def of(cls, weights: Tensor) -> "Sums":
+        """Of float32 [rows, vocabulary]."""
+        if missing := -weights.shape[-1] % BLOCK:
+            weights = pad(weights, (0, missing))
+        blocks = weights.view(len(weights), -1, BLOCK)
+        return cls(blocks, blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1))
+
+    @property
+    def total(self) -> Tensor:
+        """[rows]"""
+        return self.blocks[:, -1]
+
+    def rows(self, chosen: Tensor) -> "Sums":
+        """Some of the rows."""
+        return Sums(self.weights[chosen], self.blocks[chosen])
+
+    def invert(self, uniform: Tensor) -> Tensor:
+        """The first token whose cumulative weight is beyond a share [rows] of the whole, int64 [rows]."""
+        target = (uniform * self.total).unsqueeze(-1)
+        block = torch.searchsorted(self.blocks, target, right=True).clamp_(max=self.blocks.shape[-1] - 1)
+        before = torch.where(block > 0, self.blocks.gather(-1, (block - 1).clamp_(min=0)), 0.0)
+        within = self.weights.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
+        above = before + within.cumsum(dim=-1, dtype=torch.float64) > target
+        # The two levels may differ in their last bits: then it is the block's last token of any weight.
+        last = (within > 0).int().cumsum(dim=-1).argmax(dim=-1)
+        at = torch.where(above.any(dim=-1), above.int().argmax(dim=-1), last)
+        return block.squeeze(-1) * BLOCK + at
 
 
-def _draw_nucleus_(
-    tokens: Tensor, weights: Tensor, cumulative: Tensor, draws: Draws, uniform: Tensor
-) -> None:
+def _draw_nucleus_(tokens: Tensor, sums: Sums, draws: Draws, uniform: Tensor) -> None:
     """Draw again, in place, until every token is of its row's nucleus."""
     rows = draws.nucleus
     assert rows is not None  # looked at by the caller
-    for attempt in range(ATTEMPTS):
-        mine = weights if len(rows) == len(weights) else weights[rows]
-        if attempt:
-            tokens[rows] = _invert(cumulative[rows], uniform[rows, attempt])
-        own = mine.gather(-1, tokens[rows].unsqueeze(-1))
-        above = torch.where(mine > own, mine, 0.0).sum(dim=-1)
-        outside = above >= draws.top_p[rows, 0] * cumulative[rows, -1]
-        rows = rows[outside]
+    at_once = 2 if tokens.is_cuda else 1  # on a device, another round costs more than another attempt
+    for attempt in range(0, ATTEMPTS, at_once):
+        mine = sums if len(rows) == len(tokens) else sums.rows(rows)
+        tries = [mine.invert(uniform[rows, attempt + ahead]) for ahead in range(at_once)]
+        drawn = torch.stack(tries, dim=-1)  # [rows, tries]
+        weights = mine.weights.flatten(1).unsqueeze(1)
+        own = weights.squeeze(1).gather(-1, drawn).unsqueeze(-1)
+        above = torch.where(weights > own, weights, 0.0).sum(dim=-1)
+        outside = above >= draws.top_p[rows] * mine.total.unsqueeze(-1)
+        first = outside.int().argmin(dim=-1, keepdim=True)
+        tokens[rows] = drawn.gather(-1, first).squeeze(-1)
+        rows = rows[outside.all(dim=-1)]
         if not len(rows):
             return
-    kept = truncated(weights[rows], draws.top_k[rows], draws.top_p[rows])
-    tokens[rows] = _invert(kept.cumsum(dim=-1, dtype=torch.float64), uniform[rows, 0])
+    rest = sums.rows(rows).weights.flatten(1)
+    kept = truncated(rest, draws.top_k[rows], draws.top_p[rows])
+    tokens[rows] = Sums.of(kept).invert(uniform[rows, 0])
 
 
 def truncated(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
 
 from loramux.server.engine.pages import Pages, page_hash
 from loramux.server.engine.sequence import Sequence
@@ -11,7 +13,7 @@ from loramux.server.engine.sequence import Sequence
 STRETCH = 3.0
 #: Fewer prompt tokens than this a step are not worth their overhead.
 LEAST_CHUNK = 16
-_RECENT = 8
+RECENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +31,43 @@ class Chunk:
 
 
 class Tempo:
-    """How many prompt tokens may join the answers that run, from how long steps have taken of late."""
+    """How many prompt tokens may join the answers that run, from how long steps have taken of late.
+
+    A step of n prompt tokens takes a + b n seconds. Both are medians over the last steps (Theil and Sen's
+    estimate): a step in which something was compiled or copied changes neither.
+    """
 
     def __init__(self) -> None:
-        self._decode: float | None = None  # seconds of a step of answers alone
-        self._token: float | None = None  # seconds that each prompt token adds
+        self._decodes: deque[float] = deque(maxlen=RECENT)
+        self._prompts: deque[tuple[int, float]] = deque(maxlen=RECENT)
+        self._each: float | None = None
+        self._fixed = 0.0
 
-    def stepped(self, seconds: float, prompt_tokens: int, decodes: int) -> None:
+    def stepped(self, seconds: float, prompt_tokens: int) -> None:
         """A step has ended."""
         if not prompt_tokens:
-            self._decode = _mean(self._decode, seconds)
-        elif prompt_tokens >= LEAST_CHUNK:
-            alone = (self._decode or 0.0) if decodes else 0.0
-            self._token = _mean(self._token, max(seconds - alone, 0.1 * seconds) / prompt_tokens)
+            self._decodes.append(seconds)
+            return
+        self._prompts.append((prompt_tokens, seconds))
+        slopes = [
+            (t - s) / (n - m)
+            for (m, s), (n, t) in combinations(self._prompts, 2)
+            if max(m, n) > 1.2 * min(m, n)
+        ]
+        # As long as all were of one size, nothing tells the two apart.
+        each = median(slopes) if slopes else 0.0
+        if each <= 0:
+            each = median(t / n for n, t in self._prompts)
+        self._each = each
+        self._fixed = max(0.0, median(t - each * n for n, t in self._prompts))
 
     def allowance(self, decodes: int) -> int | None:
         """Prompt tokens for the next step; `None`: as many as it has room for."""
-        if not decodes or self._decode is None or self._token is None:
+        if not decodes or not self._decodes or self._each is None:
             return None
-        return max(LEAST_CHUNK, int((STRETCH - 1) * self._decode / self._token))
-
-
-def _mean(before: float | None, value: float) -> float:
-    return value if before is None else before + (value - before) / _RECENT
+        # What a step takes however few tokens join it is not made less by taking it more often.
+        seconds = max(STRETCH * median(self._decodes) - self._fixed, self._fixed)
+        return max(LEAST_CHUNK, int(seconds / self._each))
 
 
 class Scheduler:
