@@ -1,4 +1,4 @@
-# make serve | test | lint | fuzz | bench | bench-gpu | bench-peers | clean.  The virtual environment is made on first use.
+# make serve | test | test-releases | lint | fuzz | bench | bench-gpu | bench-peers | clean.  The virtual environment is made on first use.
 #
 # PIP_* variables of the environment reach pip unchanged: on a machine without an NVIDIA GPU, set PIP_INDEX_URL or
 # PIP_EXTRA_INDEX_URL to an index of CPU builds to spare several gigabytes of CUDA libraries.
@@ -21,7 +21,7 @@ CHECKED := $(PACKAGES) tests benchmarks
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test lint fuzz bench bench-gpu bench-peers clean
+.PHONY: serve test test-releases lint fuzz bench bench-gpu bench-peers clean
 .DEFAULT_GOAL := serve
 
 serve: $(SERVE_STAMP)
@@ -30,6 +30,15 @@ serve: $(SERVE_STAMP)
 test: lint
 	$(BIN)/pytest tests/unit tests/kernels
 	$(BIN)/pytest $(wildcard tests/http tests/e2e)
+
+# The engine on the oldest and on the newest transformers that pyproject.toml allows; needs a package index.
+test-releases: $(TEST_STAMP)
+	for release in $$(sed -n 's/.*"transformers>=\([^,]*\),\(<[^"]*\)".*/==\1.* \2/p' pyproject.toml); do \
+		folder=build/transformers$$(tr -d '=<.*' <<< "$$release"); \
+		$(BIN)/pip install --quiet --no-deps --upgrade --target $$folder "transformers$$release"; \
+		PYTHONPATH=$$folder $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'; \
+		PYTHONPATH=$$folder $(BIN)/pytest -q tests/unit/server/test_engine_local.py tests/unit/server/test_engine_families.py; \
+	done
 
 fuzz: $(TEST_STAMP)
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-5000} $(BIN)/pytest --timeout 0 tests/unit/adapters/test_differential.py \

@@ -13,6 +13,8 @@ from loramux.kernels.paged_attention import Rows, Scores, choose_form, prompt_at
 
 #: Its name in a model's config. Transformers makes no mask for a name that it has no mask function for.
 PAGED = "loramux_paged"
+#: Under which name a module of a model finds the cache. Not every model passes on what its forward is given.
+_ATTACHED = "_loramux_paged"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -53,6 +55,19 @@ class PagedAttention:
         self._count = 0
         self._slots: Tensor | None = None
         self._pieces: Items[Piece] = ()
+
+    def attach(self, model: nn.Module) -> None:
+        """Let every layer of the model find this cache."""
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, _ATTACHED, self)
+
+    @staticmethod
+    def detach(model: nn.Module) -> None:
+        """Let no layer of the model find a cache."""
+        for module in model.modules():
+            if hasattr(module, _ATTACHED):
+                delattr(module, _ATTACHED)
 
     @property
     def padding_slot(self) -> int:
@@ -132,17 +147,17 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,  # noqa: ARG001 - the interface passes it; here every sequence is causal
     scaling: float | None = None,
-    paged: PagedAttention | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention as `AttentionInterface` has it: query [1, heads, T, dim], key and value [1, kv heads, T,
     dim], packed over the batch's sequences; the result is [1, T, heads, dim].
 
     Raises:
-        ValueError: without a paged cache: the model does not pass on what its forward is given.
+        ValueError: nobody attached a cache to the module.
     """
-    if paged is None:
-        raise ValueError(f"{type(module).__name__} does not pass the paged cache on to its attention")
+    paged = getattr(module, _ATTACHED, None)
+    if not isinstance(paged, PagedAttention):
+        raise ValueError(f"{type(module).__name__} was attached to no paged cache")
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     scores = paged.scores_of(layer, module, scale, options)

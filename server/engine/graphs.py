@@ -122,8 +122,8 @@ class StepGraphs:
 
     @torch.inference_mode()
     def _captured(self, size: int, plan: Plan, *, warm: bool = False) -> Step:
-        """The captured step of so many rows under a plan. Unless everything is `warm`, it is run before: kernels
-        are compiled and workspaces made before anything is captured."""
+        """The captured step of so many rows under a plan. Unless everything is `warm`, it is run before:
+        kernels are compiled and workspaces made before anything is captured."""
         step = self._step(size, plan)
         if not self._on_cuda:
             return step

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loramux.adapters.layers import AdapterLayers
+from loramux.server.engine.model import context_of, unsupported
 from loramux.server.engine.pace import Pace
 from loramux.server.engine.pages import Pages
 from loramux.server.engine.protocol import (
@@ -103,15 +104,17 @@ class LocalEngine:
 
     @property
     def max_context(self) -> int:
-        positions = int(self._model.config.get_text_config().max_position_embeddings)
-        return min(positions, self._limits.kv_tokens - self._limits.page_size)
+        return min(context_of(self._model.config), self._limits.kv_tokens - self._limits.page_size)
 
     async def start(self) -> None:
         """Begin stepping, with one step to show that the model takes what it is given.
 
         Raises:
-            EngineError: that step failed; nothing is running.
+            EngineError: the model has a feature that is not supported, or that step failed; nothing is
+            running.
         """
+        if feature := unsupported(self._model):
+            raise EngineError(f"{type(self._model).__name__} has {feature}")
         self._closed = None
         # A daemon: a process that ends without a proper stop must not hang on this thread.
         self._thread = threading.Thread(target=self._run, name="loramux-engine", daemon=True)

@@ -118,6 +118,35 @@ def load_base(
     return model.eval()
 
 
+def context_of(config: PreTrainedConfig) -> int:
+    """Tokens of the longest sequence that a model computes alike whatever its length.
+
+    `longrope` has other factors for sequences beyond its original length, for all of their tokens: in a
+    batch, and for a sequence that grows, only those up to there are the same in every step.
+
+    Raises:
+        BaseModelError: its config sets no length.
+    """
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        raise BaseModelError(
+            f"{config.model_type} sets no max_position_embeddings: position biases (ALiBi) are not supported"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    return min(int(positions), int(original or positions))
+
+
+def unsupported(model: PreTrainedModel) -> str | None:
+    """The feature for which a model cannot be served, if it has one."""
+    config = model.config.get_text_config()
+    if getattr(model, "_is_stateful", False):
+        return "recurrent layers, whose state is not part of the key-value cache"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    return f"layers of the kind {min(kinds)}" if kinds else None
+
+
 def keep_four_bit_layout(model: torch.nn.Module) -> int:
     """Keep bitsandbytes from repacking 4-bit weights at their first use on a CPU; how many layers there are.
 

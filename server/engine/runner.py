@@ -41,8 +41,8 @@ class Logits:
 class Runner:
     """A model with its cache.
 
-    A model is used through public arguments only: ids, positions, and the paged cache, which it passes on to
-    the attention function that its config names. Used by the stepping thread alone.
+    A model is used through public arguments only: ids and positions, and an attention function that its
+    config names. Used by the stepping thread alone.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Runner:
     def start(self, progress: Callable[[str], None] = log.info) -> None:
         """Take the model, and capture its decode steps where that was asked for."""
         self._model.set_attn_implementation(PAGED)
+        self._paged.attach(self._model)
         if self._wants_graphs:
             self._graphs = StepGraphs(
                 self._forward, self._inputs, self._paged, self._layers, self._vocabulary, self._max_running
@@ -82,6 +83,7 @@ class Runner:
 
     def stop(self) -> None:
         """Give the model back as it was."""
+        self._paged.detach(self._model)
         self._model.set_attn_implementation(self._before)
 
     @property
@@ -131,7 +133,6 @@ class Runner:
             input_ids=self._inputs.ids[:, :tokens],
             position_ids=self._inputs.positions[:, :tokens],
             use_cache=False,
-            paged=self._paged,
             **options,
         ).logits[0]
         return logits if kept is None or self._keeps else logits[kept]

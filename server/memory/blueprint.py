@@ -17,6 +17,7 @@ from loramux.adapters.base_shapes import BaseShapes
 from loramux.server.engine.model import (
     DTYPES,
     BaseModelError,
+    context_of,
     resolve_device,
     resolve_dtype,
     resolve_quantization,
@@ -62,6 +63,7 @@ class Blueprint:
             config = AutoConfig.from_pretrained(location, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            context_of(config)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise StartError(f"base model {location}: {reason}") from None
@@ -92,7 +94,7 @@ class Blueprint:
     @property
     def positions(self) -> int:
         """Tokens of its longest context."""
-        return int(self._config.max_position_embeddings)
+        return context_of(self._config)
 
     def weight_bytes(self, dtype: torch.dtype, quantization: str) -> int:
         """Bytes of parameters and buffers once loaded.
