@@ -11,6 +11,8 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, Mistral
 
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.kernels.gated_lora.tabled import TabledForm
+from loramux.server.engine import local
+from loramux.server.engine.attention import PagedAttention
 from loramux.server.engine.graphs import StepGraphs
 from loramux.server.engine.protocol import (
     EngineClosed,
@@ -22,6 +24,7 @@ from loramux.server.engine.protocol import (
     Token,
 )
 from loramux.server.engine.runner import Runner
+from loramux.server.engine.sampler import Sampler
 from tests.tiny import VOCABULARY, greedy, random_adapter, random_prompt, running, tiny_llama, with_delta
 
 
@@ -305,6 +308,86 @@ def test_a_step_that_raises_fails_its_requests_and_no_others() -> None:
             after = (await rig.ask(prompt, logit_bias={poison: -100})).tokens
             assert after == before
             assert rig.engine.stats().running == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("stage", "owner", "name"),
+    [
+        ("inputs", Runner, "_write"),
+        ("plan", Runner, "_plan_for"),
+        ("attention of the second layer", PagedAttention, "attend"),
+        ("forward", Runner, "_forward"),
+        ("prompt scores", local, "prompt_scores"),
+        ("sampler", Sampler, "choose"),
+    ],
+)
+@pytest.mark.parametrize("when", ["prompt", "answer"])
+def test_memory_that_runs_out_fails_the_step_and_harms_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, stage: str, owner: Any, name: str, when: str
+) -> None:
+    model = tiny_llama()
+    experts = make_experts(model, (4,))
+    prompt = random_prompt(21)
+    original = getattr(owner, name)
+    calls = 0
+    armed = False
+
+    def fail(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls, armed
+        calls += armed
+        # Two layers: the second call of a step is its second layer.
+        if armed and (when == "prompt" or calls > 6) and not (name == "attend" and calls % 2):
+            armed = False
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return original(*arguments, **named)
+
+    async def scenario() -> None:
+        nonlocal armed
+        async with running(model, experts) as rig:
+            wanted = (await rig.ask(prompt, {"a": 0.5}, prompt_logprobs=0)).tokens
+            monkeypatch.setattr(owner, name, fail)
+            armed = True
+            if name == "prompt_scores" and when == "answer":
+                armed = False  # they are part of the prompt's steps only
+            else:
+                with pytest.raises(EngineError, match="out of memory"):
+                    await rig.ask(prompt, {"a": 0.5}, prompt_logprobs=0)
+            assert not armed
+            assert rig.engine._scheduler.is_idle
+            assert rig.engine.stats().kv_usage == 0
+            both = await asyncio.gather(*(rig.ask(prompt, {"a": 0.5}) for _ in range(2)))
+            assert [answer.tokens for answer in both] == [wanted, wanted]
+
+    asyncio.run(scenario())
+
+
+def test_a_row_without_numbers_fails_alone() -> None:
+    model = tiny_llama()
+    poison = 299
+
+    def spoil(module: torch.nn.Module, arguments: Any, keywords: dict[str, Any], output: Any) -> Any:
+        last = keywords["input_ids"][0] == poison
+        if output.logits.shape[1] == len(last):
+            output.logits[0, last] = float("nan")
+        return output
+
+    model.register_forward_hook(spoil, with_kwargs=True)
+    prompt = tuple(token for token in random_prompt(9) if token != poison)
+
+    async def scenario() -> None:
+        async with running(model) as rig:
+            options = {"temperature": 1.0, "seed": 3, "logit_bias": {poison: -100}}
+            wanted = (await rig.ask(prompt, **options)).tokens
+            forced = {"temperature": 1.0, "seed": 4, "logit_bias": {poison: 100}}
+            answers = await asyncio.gather(
+                rig.ask(prompt, **options), rig.ask(prompt, **forced), return_exceptions=True
+            )
+            assert isinstance(answers[1], EngineError)
+            assert "not finite" in str(answers[1])
+            assert not isinstance(answers[0], BaseException)
+            assert answers[0].tokens == wanted
 
     asyncio.run(scenario())
 
