@@ -32,7 +32,7 @@ from loramux.server.engine.protocol import (
 )
 from loramux.server.engine.runner import Runner
 from loramux.server.engine.sampler import Sampler, prompt_scores
-from loramux.server.engine.scheduler import Chunk, Scheduler
+from loramux.server.engine.scheduler import LEAST_CHUNK, LEAST_CHUNK_ON_DEVICE, Chunk, Scheduler
 from loramux.server.engine.sequence import Sequence
 
 log = logging.getLogger("loramux")
@@ -77,7 +77,12 @@ class LocalEngine:
             -(-limits.kv_tokens // limits.page_size), limits.page_size, sharing=limits.prefix_sharing
         )
         max_tokens = max(limits.max_batch_tokens, limits.max_running)
-        self._scheduler = Scheduler(pages, max_running=limits.max_running, max_tokens=max_tokens)
+        self._scheduler = Scheduler(
+            pages,
+            max_running=limits.max_running,
+            max_tokens=max_tokens,
+            least_chunk=LEAST_CHUNK if model.device.type == "cpu" else LEAST_CHUNK_ON_DEVICE,
+        )
         self._runner = Runner(
             model,
             layers,
@@ -317,7 +322,7 @@ class LocalEngine:
         decodes = sum(chunk.length == 1 for chunk in chunks)
         prompts = sum(chunk.length for chunk in chunks) - decodes
         self._pace.stepped(seconds)
-        self._scheduler.tempo.stepped(seconds, prompts)
+        self._scheduler.tempo.stepped(seconds, prompts, decodes)
         s = self._stats
         self._stats = replace(
             s,

@@ -3,17 +3,17 @@
 from collections import deque
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
-from itertools import combinations
 from statistics import median
 
 from loramux.server.engine.pages import Pages, page_hash
 from loramux.server.engine.sequence import Sequence
 
 #: While answers run, a step may take this many times as long as without the prompts that join it.
-STRETCH = 3.0
-#: Fewer prompt tokens than this a step are not worth their overhead.
-LEAST_CHUNK = 16
-RECENT = 16
+STRETCH = 3.5
+#: Fewer prompt tokens than this a step are not worth their overhead: on a CPU, and on a device, where a step
+#: that is not captured takes as long as its launches do.
+LEAST_CHUNK, LEAST_CHUNK_ON_DEVICE = 16, 256
+RECENT = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,41 +33,30 @@ class Chunk:
 class Tempo:
     """How many prompt tokens may join the answers that run, from how long steps have taken of late.
 
-    A step of n prompt tokens takes a + b n seconds. Both are medians over the last steps (Theil and Sen's
-    estimate): a step in which something was compiled or copied changes neither.
+    Medians over the last few steps: one in which something was compiled or copied changes nothing, and what a
+    token costs may grow with the length of its prompt.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, least: int = LEAST_CHUNK) -> None:
+        """`least`: fewer prompt tokens than this a step take no less time."""
+        self._least = least
         self._decodes: deque[float] = deque(maxlen=RECENT)
-        self._prompts: deque[tuple[int, float]] = deque(maxlen=RECENT)
-        self._each: float | None = None
-        self._fixed = 0.0
+        self._prompts: deque[float] = deque(maxlen=RECENT)
 
-    def stepped(self, seconds: float, prompt_tokens: int) -> None:
+    def stepped(self, seconds: float, prompt_tokens: int, decodes: int) -> None:
         """A step has ended."""
         if not prompt_tokens:
             self._decodes.append(seconds)
             return
-        self._prompts.append((prompt_tokens, seconds))
-        slopes = [
-            (t - s) / (n - m)
-            for (m, s), (n, t) in combinations(self._prompts, 2)
-            if max(m, n) > 1.2 * min(m, n)
-        ]
-        # As long as all were of one size, nothing tells the two apart.
-        each = median(slopes) if slopes else 0.0
-        if each <= 0:
-            each = median(t / n for n, t in self._prompts)
-        self._each = each
-        self._fixed = max(0.0, median(t - each * n for n, t in self._prompts))
+        alone = median(self._decodes) if decodes and self._decodes else 0.0
+        self._prompts.append(max(seconds - alone, 0.1 * seconds) / prompt_tokens)
 
     def allowance(self, decodes: int) -> int | None:
         """Prompt tokens for the next step; `None`: as many as it has room for."""
-        if not decodes or not self._decodes or self._each is None:
+        if not decodes or not self._decodes or not self._prompts:
             return None
-        # What a step takes however few tokens join it is not made less by taking it more often.
-        seconds = max(STRETCH * median(self._decodes) - self._fixed, self._fixed)
-        return max(LEAST_CHUNK, int(seconds / self._each))
+        added = (STRETCH - 1) * median(self._decodes)
+        return max(self._least, int(added / median(self._prompts)))
 
 
 class Scheduler:
@@ -77,9 +66,11 @@ class Scheduler:
     Used by the stepping thread alone.
     """
 
-    def __init__(self, pages: Pages, *, max_running: int, max_tokens: int) -> None:
+    def __init__(
+        self, pages: Pages, *, max_running: int, max_tokens: int, least_chunk: int = LEAST_CHUNK
+    ) -> None:
         self.pages = pages
-        self.tempo = Tempo()
+        self.tempo = Tempo(least_chunk)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._max_running = max_running

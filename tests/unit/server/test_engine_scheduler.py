@@ -6,7 +6,14 @@ import pytest
 
 from loramux.server.engine.pages import Pages
 from loramux.server.engine.protocol import Sampling, TokenScore, Work
-from loramux.server.engine.scheduler import LEAST_CHUNK, STRETCH, Chunk, Scheduler, Tempo
+from loramux.server.engine.scheduler import (
+    LEAST_CHUNK,
+    LEAST_CHUNK_ON_DEVICE,
+    STRETCH,
+    Chunk,
+    Scheduler,
+    Tempo,
+)
 from loramux.server.engine.sequence import Sequence
 from tests.tiny import NOWHERE
 
@@ -108,36 +115,37 @@ def test_the_longest_unused_prefix_goes_first_and_of_one_sequence_its_end() -> N
 
 
 def test_prompts_join_in_pieces_that_stretch_a_step_no_further_than_agreed() -> None:
-    fixed, each, decode = 0.02, 0.004, 0.1
+    decode = 0.1
     tempo = Tempo()
     assert tempo.allowance(8) is None  # nothing is known yet
     for prompt in (0, 0, 512, 40, 0, 300, 64, 17, 0):
-        tempo.stepped(decode if not prompt else fixed + each * prompt, prompt)
+        tempo.stepped(decode * (prompt == 0) + 0.004 * prompt, prompt, 0)
     assert tempo.allowance(0) is None
-    allowed = tempo.allowance(8)
-    assert allowed is not None
-    assert fixed + each * allowed == pytest.approx(STRETCH * decode, rel=0.05)
-    tempo.stepped(30.0, 128)  # something was compiled
-    assert tempo.allowance(8) == pytest.approx(allowed, rel=0.1)
+    assert tempo.allowance(8) == int((STRETCH - 1) * decode / 0.004)
+    tempo.stepped(30.0, 128, 8)  # something was compiled
+    assert tempo.allowance(8) == int((STRETCH - 1) * decode / 0.004)
+    for _ in range(4):  # the further a prompt is, the more its tokens cost
+        tempo.stepped(decode + 0.008 * 64, 64, 8)
+    assert decode + 0.008 * (tempo.allowance(8) or 0) == pytest.approx(STRETCH * decode, rel=0.05)
 
 
 def test_a_step_that_costs_the_same_however_small_is_not_made_small() -> None:
     """On a device a step of prompts is launched piece by piece: 30 ms, beside 3 ms for a captured one. Pieces
     once became smaller the longer that lasted, until sixteen short prompts took nine seconds."""
-    tempo = Tempo()
-    tempo.stepped(0.003, 0)
+    tempo = Tempo(LEAST_CHUNK_ON_DEVICE)
+    tempo.stepped(0.003, 0, 16)
     size = 512
     for _ in range(40):
-        tempo.stepped(0.030 + 2e-5 * size, size)
+        tempo.stepped(0.030 + 2e-5 * size, size, 16)
         size = min(512, tempo.allowance(16) or 512)
-    assert size > 16 * LEAST_CHUNK
+    assert size == LEAST_CHUNK_ON_DEVICE
 
 
 def test_a_prompt_beside_answers_is_cut_and_alone_is_not() -> None:
     scheduler = Scheduler(Pages(200, 8), max_running=4, max_tokens=256)
-    scheduler.tempo.stepped(0.1, 0)
+    scheduler.tempo.stepped(0.1, 0, 4)
     for size in (256, 100):
-        scheduler.tempo.stepped(0.1 + 0.01 * size, size)
+        scheduler.tempo.stepped(0.01 * size, size, 0)
     first = make("first", 300)
     scheduler.add(first)
     assert [chunk.length for chunk in scheduler.next()] == [256]
