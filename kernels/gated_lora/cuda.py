@@ -6,8 +6,8 @@ from torch import Tensor
 
 from loramux.kernels.gated_lora.form import Bound, BoundAll
 from loramux.kernels.gated_lora.plan import BARE, GateSlot, Plan
-from loramux.kernels.gated_lora.slots import SlotTable
-from loramux.kernels.gated_lora.triton import gated_lora_all_
+from loramux.kernels.gated_lora.slots import SlotTable, UnionTable
+from loramux.kernels.gated_lora.triton import expand_all_, gated_lora_all_, shrink
 
 
 class TritonForm:
@@ -33,21 +33,20 @@ class TritonForm:
     def bind_all(
         self, plan: Plan, modules: Sequence[str], a: Sequence[Tensor], b: Sequence[Tensor]
     ) -> BoundAll | None:
-        table, end = plan.table, None
-        if table is None:
-            if plan is not self._plan:
-                self._table = self._filled(plan, a[0])
-                self._modules = frozenset[str]().union(*(segment.slot.modules for segment in plan.segments))
-                self._plan = plan
-            table = self._table
-            if table is None or self._modules.isdisjoint(modules):
-                return None
-            end = table.tokens  # bare tokens behind the last slot may be more than the table has room for
-        filled = table
+        if plan.table is not None:
+            return _of_table(plan.table, a, b)
+        if plan is not self._plan:
+            self._table = self._filled(plan, a[0])
+            self._modules = frozenset[str]().union(*(segment.slot.modules for segment in plan.segments))
+            self._plan = plan
+        table = self._table
+        if table is None or self._modules.isdisjoint(modules):
+            return None
+        end = table.tokens  # bare tokens behind the last slot may be more than the table has room for
 
         def apply(ys: Sequence[Tensor], x: Tensor) -> None:
             outputs = [y.view(-1, y.shape[-1])[:end] for y in ys]
-            gated_lora_all_(outputs, x.reshape(-1, x.shape[-1])[:end], a, b, filled)
+            gated_lora_all_(outputs, x.reshape(-1, x.shape[-1])[:end], a, b, table)
 
         return apply
 
@@ -69,6 +68,17 @@ class TritonForm:
             table = self._tables[size] = SlotTable(*size, max_rows=a.shape[0], device=a.device)
         table.fill(segments)
         return table
+
+
+def _of_table(table: UnionTable, a: Sequence[Tensor], b: Sequence[Tensor]) -> BoundAll:
+    """What the table will say by the time that this is replayed."""
+
+    def apply(ys: Sequence[Tensor], x: Tensor) -> None:
+        outputs = [y.view(-1, y.shape[-1]) for y in ys]
+        hidden = shrink(x.reshape(-1, x.shape[-1]), a, table)
+        expand_all_(outputs, hidden, b, table, table.factors[: len(outputs[0])])
+
+    return apply
 
 
 def _capacity(count: int) -> int:

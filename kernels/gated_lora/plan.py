@@ -10,7 +10,7 @@ from torch import Tensor
 from loramux.kernels.gated_lora.shares import Share, TokenSlot, share_out
 
 if TYPE_CHECKING:
-    from loramux.kernels.gated_lora.slots import SlotTable
+    from loramux.kernels.gated_lora.slots import UnionTable
 
 Extent = tuple[int, int]
 
@@ -77,7 +77,7 @@ class Plan:
 
     segments: tuple[Segment, ...] = ()
     shares: tuple[Share, ...] = ()
-    table: "SlotTable | None" = None
+    table: "UnionTable | None" = None
 
     @property
     def is_empty(self) -> bool:

@@ -5,7 +5,7 @@ from torch import Tensor
 from loramux.kernels.gated_lora.dense import DenseForm
 from loramux.kernels.gated_lora.form import Bound
 from loramux.kernels.gated_lora.plan import Plan
-from loramux.kernels.gated_lora.slots import SlotTable
+from loramux.kernels.gated_lora.slots import UnionTable
 
 
 class TabledForm(DenseForm):
@@ -25,11 +25,11 @@ class TabledForm(DenseForm):
         return apply
 
 
-def tabled_lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: SlotTable) -> None:
+def tabled_lora_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: UnionTable) -> None:
     """`y += (x Aᵀ ⊙ g) B` in place, token by token with the rows of its slot; y [T, out], x [T, in]."""
     for token, slot in enumerate(table.slots[: len(x)].tolist()):
         if slot >= 0:
             rank = int(table.ranks[slot])
             rows = table.rows[slot, :rank].long()
-            hidden = (a[rows].float() @ x[token].float()) * table.gates[slot, :rank]
+            hidden = (a[rows].float() @ x[token].float()) * table.factors[token, :rank]
             y[token] += (hidden @ b[rows].float()).to(y.dtype)

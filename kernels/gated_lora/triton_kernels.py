@@ -160,40 +160,39 @@ def expand_kernel(
     in_n = n < n_out
 
     acc = tl.full([BLOCK_T, BLOCK_N], 0.0, tl.float32)
-    for first_r in range(0, MAX_RANK, BLOCK_R):
-        if first_r < rank:
-            r = first_r + tl.arange(0, BLOCK_R)
-            in_r = r < rank
-            row = tl.load(rows_ptr + slot * MAX_RANK + r, mask=in_r, other=0).to(tl.int64)
-            # Loads may go beyond the slot's rank, up to what is aligned, but nothing from there is used.
-            in_h = in_t[:, None] & (r < MAX_RANK)[None, :]
-            at = token[:, None] * MAX_RANK + r[None, :]
-            hidden = tl.load(hidden_ptr + at, mask=in_h, other=0.0)
-            for p in tl.static_range(1, PARTS):
-                hidden += tl.load(hidden_ptr + p * stride_part + at, mask=in_h, other=0.0)
-            hidden *= tl.load(gates_ptr + slot * MAX_RANK + r, mask=in_r, other=0.0)[None, :]
-            if GATE == 1:
-                factors = factors_ptr + token[:, None] * stride_factors + r[None, :]
-                hidden *= tl.load(factors, mask=in_h, other=0.0)
-            if GATE == 2:
-                owner = tl.load(blocks_ptr + slot * MAX_RANK + r, mask=in_r, other=-1)
-                factors = factors_ptr + token[:, None] * stride_factors + owner[None, :]
-                hidden *= tl.load(factors, mask=in_h & (owner >= 0)[None, :], other=1.0)
-            hidden = tl.where(in_r[None, :], hidden, 0.0)
-            b = tl.load(
-                b_ptr + row[:, None] * stride_b + n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0
-            )
-            if SPLIT:
-                # hidden has more digits than B's dtype. Its leading and its trailing ones are multiplied
-                # apart, which keeps twice as many as rounding it would.
-                leading = hidden.to(b.dtype)
-                trailing = (hidden - leading.to(tl.float32)).to(b.dtype)
-                if WIDEN:
-                    leading, trailing, b = leading.to(tl.float32), trailing.to(tl.float32), b.to(tl.float32)
-                acc = tl.dot(trailing, b, acc, input_precision="ieee")
-                acc = tl.dot(leading, b, acc, input_precision="ieee")
-            else:
-                acc = tl.dot(hidden, b, acc, input_precision="ieee")
+    for first_r in range(0, rank, BLOCK_R):
+        r = first_r + tl.arange(0, BLOCK_R)
+        in_r = r < rank
+        row = tl.load(rows_ptr + slot * MAX_RANK + r, mask=in_r, other=0).to(tl.int64)
+        # Loads may go beyond the slot's rank, up to what is aligned, but nothing from there is used.
+        in_h = in_t[:, None] & (r < MAX_RANK)[None, :]
+        at = token[:, None] * MAX_RANK + r[None, :]
+        hidden = tl.load(hidden_ptr + at, mask=in_h, other=0.0)
+        for p in tl.static_range(1, PARTS):
+            hidden += tl.load(hidden_ptr + p * stride_part + at, mask=in_h, other=0.0)
+        hidden *= tl.load(gates_ptr + slot * MAX_RANK + r, mask=in_r, other=0.0)[None, :]
+        if GATE == 1:
+            factors = factors_ptr + token[:, None] * stride_factors + r[None, :]
+            hidden *= tl.load(factors, mask=in_h, other=0.0)
+        if GATE == 2:
+            owner = tl.load(blocks_ptr + slot * MAX_RANK + r, mask=in_r, other=-1)
+            factors = factors_ptr + token[:, None] * stride_factors + owner[None, :]
+            hidden *= tl.load(factors, mask=in_h & (owner >= 0)[None, :], other=1.0)
+        hidden = tl.where(in_r[None, :], hidden, 0.0)
+        b = tl.load(
+            b_ptr + row[:, None] * stride_b + n[None, :], mask=in_r[:, None] & in_n[None, :], other=0.0
+        )
+        if SPLIT:
+            # hidden has more digits than B's dtype. Its leading and its trailing ones are multiplied
+            # apart, which keeps twice as many as rounding it would.
+            leading = hidden.to(b.dtype)
+            trailing = (hidden - leading.to(tl.float32)).to(b.dtype)
+            if WIDEN:
+                leading, trailing, b = leading.to(tl.float32), trailing.to(tl.float32), b.to(tl.float32)
+            acc = tl.dot(trailing, b, acc, input_precision="ieee")
+            acc = tl.dot(leading, b, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(hidden, b, acc, input_precision="ieee")
 
     y_at = y_ptr + token[:, None] * stride_y + n[None, :]
     in_y = in_t[:, None] & in_n[None, :]

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from loramux.adapters.layers import AdapterLayers
 from loramux.kernels.gated_lora import BARE, GateSlot, Plan, Slot, TokenSlot, plan_step
-from loramux.kernels.gated_lora.slots import SlotTable
+from loramux.kernels.gated_lora.slots import SlotCapacityError, UnionTable
 from loramux.server.engine.attention import PagedAttention
 from loramux.server.engine.inputs import StepInputs
 
-#: Rows of the arena that a captured step has room for in one slot: of more, a step runs uncaptured.
-LEAST_RANK = 64
+#: Rows of the arena that the blends of a captured step may use together; of more, a step runs uncaptured.
+MOST_ROWS = 1024
 
 Step = Callable[[], None]
 
@@ -52,12 +52,12 @@ class StepGraphs:
         self._device = layers.arena.device
         self._on_cuda = self._device.type == "cuda"
         rows = layers.arena.rows
-        self._rank = min(rows, max(LEAST_RANK, 1 << (rows // 4).bit_length()))
+        self._rank = min(rows, MOST_ROWS)
         self._logits = torch.zeros(max_running, vocabulary, dtype=torch.float32, device=self._device)
         self._best = torch.zeros(max_running, dtype=torch.int64, device=self._device)
         self._pool = torch.cuda.graph_pool_handle() if self._on_cuda else None
         self._steps: dict[tuple[int, bool], Step] = {}
-        self._tables: dict[int, SlotTable] = {}
+        self._tables: dict[int, UnionTable] = {}
         self._sparse: WeakKeyDictionary[TokenSlot, dict[int, Step | None]] = WeakKeyDictionary()
 
     @torch.inference_mode()
@@ -72,7 +72,7 @@ class StepGraphs:
             self._inputs.send()
             self._steps[size, False] = self._captured(size, BARE)
             if self._layers.form.takes_tables:
-                table = SlotTable(size, size, self._rank, self._layers.arena.rows, self._device)
+                table = UnionTable(size, self._rank, self._layers.arena.rows, self._device)
                 self._tables[size] = table
                 self._steps[size, True] = self._captured(size, Plan(table=table))
         if self._on_cuda:
@@ -96,13 +96,16 @@ class StepGraphs:
         count = len(slots)
         size = next((size for size in self._sizes if size >= count), 0)
         rows = [(slot, length) for slot, length in slots if slot is None or isinstance(slot, GateSlot)]
-        if len(rows) < count or any(slot is not None and len(slot.gate) > self._rank for slot, _ in rows):
+        if len(rows) < count:
             return None
         adapted = any(slot is not None for slot, _ in rows)
         step = self._steps.get((size, adapted))
         if step is not None:
             if adapted:
-                self._tables[size].fill(rows)
+                try:
+                    self._tables[size].fill(rows)
+                except SlotCapacityError:
+                    return None
             self._pad(count, size)
         return step
 

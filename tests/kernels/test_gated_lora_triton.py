@@ -6,8 +6,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is published for Linux on x86-64")
 
-from loramux.kernels.gated_lora import gated_lora_reference, plan_step
-from loramux.kernels.gated_lora.slots import SlotTable
+from loramux.kernels.gated_lora import Plan, gated_lora_reference, plan_step
+from loramux.kernels.gated_lora.slots import SlotTable, UnionTable
 from tests.kernels.batches import TRAFFIC, Segments, draw, gate_of, make_slots, rows_of, tokens_of, traffic
 
 CUDA = torch.cuda.is_available()
@@ -105,6 +105,23 @@ def test_equals_the_formula_under_all_traffic(kind: str, dtype: torch.dtype) -> 
     problem = Problem(traffic(kind, make_slots(6, ROWS, 64)), draw(100, 140), draw(60, 150), dtype)
     out = problem.y.clone()
     form.gated_lora_(out, problem.x, problem.a, problem.b, problem.table(64, extra=draw(0, 9)))
+    assert error(out, problem.expected()) < TOLERANCE[dtype]
+    assert torch.equal(bits(out)[problem.bare], bits(problem.y)[problem.bare])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["distinct", "zipf", "mixed with the base"])
+def test_a_table_of_all_rows_together_says_the_same(kind: str, dtype: torch.dtype) -> None:
+    segments = [(slot, min(1, length)) for slot, length in traffic(kind, make_slots(6, ROWS, 16))]
+    problem = Problem(segments, 90, 50, dtype)
+    tokens = problem.x.shape[0]
+    table = UnionTable(tokens, ROWS + 3, ROWS, DEVICE)
+    out = problem.y.clone()
+    bound = TritonForm().bind(Plan(table=table), "m", problem.a, problem.b)
+    assert bound is not None
+    table.fill([(slot, 1) for slot, _ in segments[:1]])
+    table.fill(segments)  # as before every replay
+    bound(out, problem.x)
     assert error(out, problem.expected()) < TOLERANCE[dtype]
     assert torch.equal(bits(out)[problem.bare], bits(problem.y)[problem.bare])
 

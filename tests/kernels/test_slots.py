@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from loramux.kernels.gated_lora.plan import GateSlot
-from loramux.kernels.gated_lora.slots import SlotCapacityError, SlotTable
+from loramux.kernels.gated_lora.slots import SlotCapacityError, SlotTable, UnionTable
 from tests.kernels.batches import TRAFFIC, Segments, draw, gate_of, make_slots, rows_of, tokens_of, traffic
 
 ROWS = 97
@@ -147,3 +147,41 @@ from loramux.kernels.gated_lora.slots import SlotTable
 SlotTable(1, 1, 1, 1)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+def test_a_union_table_says_what_each_token_has_of_each_row() -> None:
+    table = UnionTable(12, 40, 60)
+    slots = [
+        GateSlot(((3, 7), (20, 22)), torch.rand(6), frozenset("m")),
+        GateSlot(((20, 25),), torch.rand(5), frozenset("m")),
+        GateSlot((), torch.empty(0), frozenset()),
+    ]
+    for segments in (
+        [(slots[0], 2), (None, 1), (slots[1], 1), (slots[0], 1), (slots[2], 1)],
+        [(slots[1], 3)],
+        [(None, 4)],
+    ):
+        table.fill(segments)
+        tokens = [slot for slot, length in segments for _ in range(length)]
+        dense = torch.zeros(12, 60)
+        for token, slot in enumerate(tokens):
+            done = 0
+            for lo, hi in slot.extents if slot else ():
+                dense[token, lo:hi] = slot.gate[done : done + hi - lo]
+                done += hi - lo
+        rank = int(table.ranks[0])
+        assert torch.equal(table.factors[:, :rank], dense[:, table.rows[0, :rank].long()])
+        assert not table.factors[:, rank:].any()
+        assert dense.any(0).sum() == rank
+        with_slot = [token for token, slot in enumerate(tokens) if slot is not None and slot.extents]
+        count = sum(int(tile[1]) for tile in table.tiles if tile[2] == 0)
+        assert table.order[:count].tolist() == with_slot
+        assert table.is_bare == (not with_slot)
+    before = table.factors.clone()
+    with pytest.raises(SlotCapacityError, match="13 tokens"):
+        table.fill([(slots[0], 13)])
+    with pytest.raises(SlotCapacityError, match="50 rows"):
+        table.fill([(GateSlot(((0, 50),), torch.ones(50), frozenset()), 1)])
+    with pytest.raises(ValueError, match="60"):
+        table.fill([(GateSlot(((59, 61),), torch.ones(2), frozenset()), 1)])
+    assert torch.equal(table.factors, before)

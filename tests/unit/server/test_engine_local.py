@@ -107,7 +107,7 @@ def test_captured_steps_say_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) 
     assert asyncio.run(scenario(max_running=6, graphs=True, form=TabledForm())) == plain
     assert replays.count(True) > 20
     # Blends of more rows than a table has room for, and forms without tables, run as they did.
-    monkeypatch.setattr("loramux.server.engine.graphs.LEAST_RANK", 4)
+    monkeypatch.setattr("loramux.server.engine.graphs.MOST_ROWS", 9)
     before = len(replays)
     assert asyncio.run(scenario(max_running=6, graphs=True, form=TabledForm(), rows=16)) == plain
     assert False in replays[before:]
