@@ -66,6 +66,9 @@ class AdapterLayers:
             }
             for group in siblings(gated):
                 Siblings([gated[path] for path in group])
+            for layer in gated.values():
+                if not layer.siblings:
+                    Siblings([layer])
 
     @property
     def plan(self) -> Plan:
@@ -139,7 +142,7 @@ def siblings(paths: Collection[str]) -> list[list[str]]:
 
 class Siblings:
     """Gated layers that take one input: the first that is called computes them all, and the others find what
-    is theirs.
+    is theirs. A layer may be its own only sibling.
 
     Whether a layer's input is the very tensor that the first one had is looked at in every call: where it is
     not, the layer computes alone.
@@ -170,12 +173,14 @@ class Siblings:
             b = [layers.arena.b[path] for path in self._paths]
             self._bound = layers.form.bind_all(plan, self._paths, a, b) if plan.gates_rows else None
             self._plan = plan
+        if self._bound is not None:
+            self._bound.begin(x)
         ys = [one.run(x) for one in self._members]
         if self._bound is not None:
             self._bound(ys, x)
         for one, y in zip(self._members, ys, strict=True):
             one.add_shares(y, x, plan)
-        self._x = x
+        self._x = x if len(ys) > 1 else None
         self._ys = {id(one): y for one, y in zip(self._members[1:], ys[1:], strict=True)}
         first: Tensor = ys[0]
         return first

@@ -1,10 +1,12 @@
 """The Triton form behind the interface of all forms: one table a step, filled when the plan changes."""
 
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 from torch import Tensor
 
-from loramux.kernels.gated_lora.form import Bound, BoundAll
+from loramux.kernels.gated_lora.form import After, Bound, BoundAll
 from loramux.kernels.gated_lora.plan import BARE, GateSlot, Plan
 from loramux.kernels.gated_lora.slots import SlotTable, UnionTable
 from loramux.kernels.gated_lora.triton import expand_all_, gated_lora_all_, shrink
@@ -20,7 +22,10 @@ class TritonForm:
     shares_inputs = True
     takes_tables = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, overlap: bool = True) -> None:
+        """`overlap`: under a plan with a table, x is shrunk on a second stream, beside the base's
+        products."""
+        self.overlap = overlap
         self._plan = BARE
         self._tables: dict[tuple[int, int, int], SlotTable] = {}
         self._table: SlotTable | None = None
@@ -34,7 +39,7 @@ class TritonForm:
         self, plan: Plan, modules: Sequence[str], a: Sequence[Tensor], b: Sequence[Tensor]
     ) -> BoundAll | None:
         if plan.table is not None:
-            return _of_table(plan.table, a, b)
+            return _OfTable(plan.table, a, b, overlap=self.overlap)
         if plan is not self._plan:
             self._table = self._filled(plan, a[0])
             self._modules = frozenset[str]().union(*(segment.slot.modules for segment in plan.segments))
@@ -48,7 +53,7 @@ class TritonForm:
             outputs = [y.view(-1, y.shape[-1])[:end] for y in ys]
             gated_lora_all_(outputs, x.reshape(-1, x.shape[-1])[:end], a, b, table)
 
-        return apply
+        return After(apply)
 
     def _filled(self, plan: Plan, a: Tensor) -> SlotTable | None:
         if not plan.segments:
@@ -70,15 +75,35 @@ class TritonForm:
         return table
 
 
-def _of_table(table: UnionTable, a: Sequence[Tensor], b: Sequence[Tensor]) -> BoundAll:
-    """What the table will say by the time that this is replayed."""
+class _OfTable:
+    """Adds what a table will say by the time that this is replayed."""
 
-    def apply(ys: Sequence[Tensor], x: Tensor) -> None:
+    def __init__(self, table: UnionTable, a: Sequence[Tensor], b: Sequence[Tensor], *, overlap: bool) -> None:
+        self._table, self._a, self._b = table, a, b
+        self._side = _side_stream(table.device) if overlap and table.device.type == "cuda" else None
+        self._hidden: Tensor | None = None
+
+    def begin(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        if self._side is None:
+            return
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self._hidden = shrink(x, self._a, self._table)
+
+    def __call__(self, ys: Sequence[Tensor], x: Tensor) -> None:
+        hidden, self._hidden = self._hidden, None
+        if hidden is None:
+            hidden = shrink(x.reshape(-1, x.shape[-1]), self._a, self._table)
+        elif self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
         outputs = [y.view(-1, y.shape[-1]) for y in ys]
-        hidden = shrink(x.reshape(-1, x.shape[-1]), a, table)
-        expand_all_(outputs, hidden, b, table, table.factors[: len(outputs[0])])
+        expand_all_(outputs, hidden, self._b, self._table, self._table.factors[: len(outputs[0])])
 
-    return apply
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _capacity(count: int) -> int:

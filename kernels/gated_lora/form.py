@@ -1,6 +1,7 @@
 """What every form of the operator offers."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -11,8 +12,30 @@ from loramux.kernels.gated_lora.plan import Plan
 #: dimensions are the packed tokens, and `y` is contiguous.
 Bound = Callable[[Tensor, Tensor], None]
 
-#: The same for modules that share their input: their outputs in order, and the input.
-BoundAll = Callable[[Sequence[Tensor], Tensor], None]
+
+class BoundAll(Protocol):
+    """The same for modules that share their input."""
+
+    def begin(self, x: Tensor) -> None:
+        """Called with the input before the base's own products are launched."""
+        ...
+
+    def __call__(self, ys: Sequence[Tensor], x: Tensor) -> None:
+        """Add to the modules' outputs, in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class After:
+    """A `BoundAll` that does everything once the outputs are there."""
+
+    add: Callable[[Sequence[Tensor], Tensor], None]
+
+    def begin(self, x: Tensor) -> None:
+        """Nothing."""
+
+    def __call__(self, ys: Sequence[Tensor], x: Tensor) -> None:
+        self.add(ys, x)
 
 
 class Form(Protocol):
@@ -50,4 +73,4 @@ def bind_each(
             if bound is not None:
                 bound(y, x)
 
-    return apply
+    return After(apply)

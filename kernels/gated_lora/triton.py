@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from triton.runtime import JITFunction
 
-from loramux.kernels.gated_lora.slots import LONG_TILE, SlotTable
+from loramux.kernels.gated_lora.slots import LONG_TILE, SHORT_TILE, SlotTable
 from loramux.kernels.gated_lora.triton_kernels import expand_kernel, shrink_kernel
 from loramux.kernels.launch import Launch
 
@@ -26,6 +26,9 @@ _MODULES = 4
 #: Programs that a launch should have at least, to keep every multiprocessor of a large device busy, and the
 #: least part of an input row that is worth a program of its own.
 _PROGRAMS, _PART, _PARTS = 128, 256, 8
+
+#: From this many outputs on, a program takes more than 32 of them.
+_WIDE = 8192
 
 #: The interpreter would multiply the bits of bfloat16 as integers, so there factors are widened first.
 _WIDEN = not isinstance(shrink_kernel, JITFunction)
@@ -154,7 +157,7 @@ def gated_lora_all_(
 
 def shrink_launch(hidden: Tensor, x: Tensor, a: Sequence[Tensor], table: SlotTable) -> Launch:
     """What `shrink` runs for at most four modules; `hidden` [modules, parts, T, max_rank] is written to."""
-    block_r = _rank_block(table)
+    block_r = min(32, _rank_block(table)) if table.tile == SHORT_TILE else _rank_block(table)
     block_k = 32 if x.dtype == torch.float32 else 64 if table.tile == LONG_TILE else 128
     modules, parts = hidden.shape[:2]
     blocks = -(-x.shape[1] // block_k)
@@ -198,7 +201,9 @@ def expand_launch(
     gate: Tensor | BlockGate | None = None,
 ) -> Launch:
     """What `expand_all_` runs for at most four modules."""
-    block_n = 64 if ys[0].dtype == torch.float32 else 128
+    width = sum(y.shape[1] for y in ys)
+    # Few tokens: as many programs as keep the device busy (docs/log.md).
+    block_n = 32 if width < _WIDE else 64 if table.tile == SHORT_TILE or ys[0].dtype == torch.float32 else 128
     kind, factors, blocks = _GATE_NONE, table.gates, table.rows
     if isinstance(gate, BlockGate):
         kind, factors, blocks = _GATE_BLOCK, gate.values, gate.blocks

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loramux.adapters.layers import AdapterLayers
@@ -12,6 +14,7 @@ from loramux.kernels.gated_lora import BARE, GateSlot, Plan, Slot, TokenSlot, pl
 from loramux.kernels.gated_lora.slots import SlotCapacityError, UnionTable
 from loramux.server.engine.attention import PagedAttention
 from loramux.server.engine.inputs import StepInputs
+from loramux.server.engine.sampler import TRIES, draw_captured
 
 #: Rows of the arena that the blends of a captured step may use together; of more, a step runs uncaptured.
 MOST_ROWS = 1024
@@ -57,6 +60,11 @@ class StepGraphs:
         self._best = torch.zeros(max_running, dtype=torch.int64, device=self._device)
         self._pool = torch.cuda.graph_pool_handle() if self._on_cuda else None
         self._steps: dict[tuple[int, bool], Step] = {}
+        self._draws: dict[int, Step] = {}
+        self._tokens = torch.zeros(max_running, dtype=torch.int64, device=self._device)
+        staged = (torch.ones(max_running, 3), torch.zeros(max_running, TRIES, dtype=torch.float64))
+        self._staged = tuple(part.pin_memory() for part in staged) if self._on_cuda else staged
+        self._parameters, self._uniform = (part.to(self._device) for part in self._staged)
         self._tables: dict[int, UnionTable] = {}
         self._sparse: WeakKeyDictionary[TokenSlot, dict[int, Step | None]] = WeakKeyDictionary()
 
@@ -70,11 +78,12 @@ class StepGraphs:
         for size in reversed(self._sizes):
             self._pad(0, size)
             self._inputs.send()
-            self._steps[size, False] = self._captured(size, BARE)
+            self._steps[size, False] = self._captured(self._step(size, BARE))
+            self._draws[size] = self._captured(self._draw(size))
             if self._layers.form.takes_tables:
                 table = UnionTable(size, self._rank, self._layers.arena.rows, self._device)
                 self._tables[size] = table
-                self._steps[size, True] = self._captured(size, Plan(table=table))
+                self._steps[size, True] = self._captured(self._step(size, Plan(table=table)))
         if self._on_cuda:
             taken = (torch.cuda.memory_reserved(self._device) - before) / 2**20
             progress(
@@ -120,14 +129,13 @@ class StepGraphs:
             return None
         step = steps[count]
         if step is None:
-            step = steps[count] = self._captured(count, plan_step(slots), warm=True)
+            step = steps[count] = self._captured(self._step(count, plan_step(slots)), warm=True)
         return step
 
     @torch.inference_mode()
-    def _captured(self, size: int, plan: Plan, *, warm: bool = False) -> Step:
+    def _captured(self, step: Step, *, warm: bool = False) -> Step:
         """The captured step of so many rows under a plan. Unless everything is `warm`, it is run before:
         kernels are compiled and workspaces made before anything is captured."""
-        step = self._step(size, plan)
         if not self._on_cuda:
             return step
         if not warm:
@@ -137,6 +145,29 @@ class StepGraphs:
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             step()
         return graph.replay
+
+    @torch.inference_mode()
+    def draw(self, parameters: NDArray[np.float32], uniform: NDArray[np.float64]) -> Tensor:
+        """Tokens of the last replay's rows, as `sampler.draw_captured` has them."""
+        count = len(parameters)
+        size = next(size for size in self._sizes if size >= count)
+        for staged, given, held in zip(
+            self._staged, (parameters, uniform), (self._parameters, self._uniform), strict=True
+        ):
+            staged.numpy()[:count] = given
+            held.copy_(staged, non_blocking=True)
+        self._draws[size]()
+        return self._tokens[:count]
+
+    def _draw(self, size: int) -> Step:
+        def step() -> None:
+            rows = slice(0, size)
+            tokens = draw_captured(
+                self._logits[rows], self._best[rows], self._parameters[rows], self._uniform[rows]
+            )
+            self._tokens[rows].copy_(tokens)
+
+        return step
 
     def _step(self, size: int, plan: Plan) -> Step:
         rows = self._inputs.rows(size)

@@ -300,11 +300,12 @@ class LocalEngine:
         if not sequences:
             return []
         last = [rows.stop - 1 for chunk, rows in zip(chunks, logits.rows, strict=True) if chunk.samples]
-        values, best = logits.values, logits.best
+        values, best, captured = logits.values, logits.best, logits.captured
         if last != list(range(len(values))):
             at = torch.tensor(last, device=values.device)
-            values, best = values[at], None if best is None else best[at]
-        return list(zip(sequences, self._sampler.choose(values, sequences, best), strict=True))
+            values, best, captured = values[at], None if best is None else best[at], None
+        chosen = self._sampler.choose(values, sequences, best, captured)
+        return list(zip(sequences, chosen, strict=True))
 
     def _fail(self, chunks: Items[Chunk], error: Exception) -> None:
         log.warning("a step failed: %s", error, exc_info=log.isEnabledFor(logging.DEBUG))

@@ -18,6 +18,7 @@ from loramux.kernels.paged_attention import Rows
 from loramux.server.engine.attention import PAGED, PagedAttention, Piece
 from loramux.server.engine.graphs import StepGraphs
 from loramux.server.engine.inputs import StepInputs
+from loramux.server.engine.sampler import CapturedDraw
 from loramux.server.engine.scheduler import Chunk
 
 log = logging.getLogger("loramux")
@@ -29,13 +30,14 @@ class Logits:
 
     Attributes:
         values: float32 [rows, vocabulary].
-        best: int64 [rows], their argmax, where the step has it.
+        best: int64 [rows], their argmax, where the step has it; captured: draws from them, where it can.
         rows: which of them belong to each chunk; empty for a piece that ends before its prompt does.
     """
 
     values: Tensor
     best: Tensor | None
     rows: tuple[slice, ...]
+    captured: CapturedDraw | None = None
 
 
 class Runner:
@@ -105,16 +107,17 @@ class Runner:
             replayed = self._graphs.replay(slots)
             if replayed is not None:
                 meanwhile()
-                return Logits(*replayed, tuple(slice(row, row + 1) for row in range(count)))
+                rows = tuple(slice(row, row + 1) for row in range(count))
+                return Logits(*replayed, rows, self._graphs.draw)
         meanwhile()
         self._inputs.send()
         self._paged.plan(*self._attention(chunks, count))
-        rows: list[slice] = []
+        ranges: list[slice] = []
         keep: list[int] = []
         done = 0
         for chunk in chunks:
             wanted = chunk.length if chunk.sequence.needs_prompt_scores else int(chunk.samples)
-            rows.append(slice(len(keep), len(keep) + wanted))
+            ranges.append(slice(len(keep), len(keep) + wanted))
             keep += range(done + chunk.length - wanted, done + chunk.length)
             done += chunk.length
         self._layers.plan = self._plan_for(slots)
@@ -122,7 +125,7 @@ class Runner:
             logits = self._forward(count, None if len(keep) == count else keep)
         finally:
             self._layers.plan = BARE
-        return Logits(logits.float(), None, tuple(rows))
+        return Logits(logits.float(), None, tuple(ranges))
 
     def _forward(self, tokens: int, keep: Items[int] | None = None) -> Tensor:
         """The model over the first tokens of the inputs; logits [rows, vocabulary] of those in `keep`, or of

@@ -1,5 +1,6 @@
 """From logits to the next tokens of a batch, every row with its own parameters and its own random numbers."""
 
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -21,6 +22,14 @@ ATTEMPTS = 8
 BLOCK = 256
 # What a row gets whose distribution is not finite.
 NOT_FINITE = -1
+# What a row gets for which a captured draw did not find a token.
+UNSETTLED = -2
+# How many tokens a captured draw tries at once.
+TRIES = 2
+
+#: A captured draw: parameters float32 [rows, 3] and uniform float64 [rows, TRIES] in, tokens int64 [rows]
+#: out.
+CapturedDraw = Callable[[NDArray[np.float32], NDArray[np.float64]], Tensor]
 
 
 def is_greedy(sampling: Sampling) -> bool:
@@ -113,7 +122,7 @@ def draw(logits: Tensor, draws: Draws, uniform: Tensor) -> Tensor:
         rows = draws.limited
         weights[rows] = truncated(weights[rows], draws.top_k[rows], draws.top_p[rows])
     sums = Sums.of(weights)
-    tokens = sums.invert(uniform[:, 0])
+    tokens = sums.invert(uniform[:, :1]).squeeze(-1)
     if draws.nucleus is not None:
         _draw_nucleus_(tokens, sums, draws, uniform)
     return torch.where(sums.total.isfinite(), tokens, NOT_FINITE)
@@ -149,39 +158,64 @@ class Sums:
         return Sums(self.weights[chosen], self.blocks[chosen])
 
     def invert(self, uniform: Tensor) -> Tensor:
-        """The first token whose cumulative weight is beyond a share [rows] of the whole, int64 [rows]."""
-        target = (uniform * self.total).unsqueeze(-1)
+        """The first tokens whose cumulative weights are beyond shares of the whole; uniform [rows, tries],
+        the result int64 [rows, tries]."""
+        target = uniform * self.total.unsqueeze(-1)
         block = torch.searchsorted(self.blocks, target, right=True).clamp_(max=self.blocks.shape[-1] - 1)
         before = torch.where(block > 0, self.blocks.gather(-1, (block - 1).clamp_(min=0)), 0.0)
-        within = self.weights.gather(1, block.unsqueeze(-1).expand(-1, 1, BLOCK)).squeeze(1)
-        above = before + within.cumsum(dim=-1, dtype=torch.float64) > target
+        within = self.weights.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK))  # [rows, tries, BLOCK]
+        sums = within.cumsum(dim=-1, dtype=torch.float64)
         # The two levels may differ in their last bits: then it is the block's last token of any weight.
-        last = (within > 0).int().cumsum(dim=-1).argmax(dim=-1)
-        at = torch.where(above.any(dim=-1), above.int().argmax(dim=-1), last)
-        return block.squeeze(-1) * BLOCK + at
+        target = torch.minimum(target - before, sums[..., -1] * (1 - 1e-12))
+        return block * BLOCK + (sums <= target.unsqueeze(-1)).sum(dim=-1).clamp_(max=BLOCK - 1)
+
+    def inside(self, tokens: Tensor, top_p: Tensor) -> Tensor:
+        """Whether tokens [rows, tries] are in their rows' nucleus, for top-p [rows, 1]."""
+        weights = self.weights.flatten(1).unsqueeze(1)
+        own = weights.squeeze(1).gather(-1, tokens).unsqueeze(-1)
+        above = torch.where(weights > own, weights, 0.0).sum(dim=-1)
+        return (above < top_p * self.total.unsqueeze(-1)) | (top_p >= 1)
+
+
+def draw_captured(logits: Tensor, best: Tensor, parameters: Tensor, uniform: Tensor) -> Tensor:
+    """`draw` as far as it goes without asking the host anything, for rows without top-k.
+
+    Args:
+        logits: float32 [rows, vocabulary]; best: int64 [rows], their argmax.
+        parameters: float32 [rows, 3]: temperature, 0 for the likeliest token; min-p; top-p.
+        uniform: float64 [rows, tries].
+
+    Returns:
+        int64 [rows]; `NOT_FINITE`, or `UNSETTLED` where every try was outside of top-p.
+    """
+    temperature, min_p, top_p = (parameters[:, i : i + 1] for i in range(3))
+    greedy = temperature == 0
+    weights = logits - logits.gather(-1, best.unsqueeze(-1))
+    weights.div_(torch.where(greedy, 1.0, temperature)).exp_()
+    weights.masked_fill_(weights < min_p, 0.0)
+    sums = Sums.of(weights)
+    tries = sums.invert(uniform)
+    inside = sums.inside(tries, top_p)
+    tokens = tries.gather(-1, inside.int().argmax(dim=-1, keepdim=True)).squeeze(-1)
+    tokens = torch.where(inside.any(dim=-1), tokens, UNSETTLED)
+    tokens = torch.where(sums.total.isfinite(), tokens, NOT_FINITE)
+    return torch.where(greedy.squeeze(-1), best, tokens)
 
 
 def _draw_nucleus_(tokens: Tensor, sums: Sums, draws: Draws, uniform: Tensor) -> None:
     """Draw again, in place, until every token is of its row's nucleus."""
     rows = draws.nucleus
     assert rows is not None  # looked at by the caller
-    at_once = 2 if tokens.is_cuda else 1  # on a device, another round costs more than another attempt
-    for attempt in range(0, ATTEMPTS, at_once):
+    for attempt in range(ATTEMPTS):
         mine = sums if len(rows) == len(tokens) else sums.rows(rows)
-        tries = [mine.invert(uniform[rows, attempt + ahead]) for ahead in range(at_once)]
-        drawn = torch.stack(tries, dim=-1)  # [rows, tries]
-        weights = mine.weights.flatten(1).unsqueeze(1)
-        own = weights.squeeze(1).gather(-1, drawn).unsqueeze(-1)
-        above = torch.where(weights > own, weights, 0.0).sum(dim=-1)
-        outside = above >= draws.top_p[rows] * mine.total.unsqueeze(-1)
-        first = outside.int().argmin(dim=-1, keepdim=True)
-        tokens[rows] = drawn.gather(-1, first).squeeze(-1)
-        rows = rows[outside.all(dim=-1)]
+        drawn = mine.invert(uniform[rows, attempt].unsqueeze(-1))
+        tokens[rows] = drawn.squeeze(-1)
+        rows = rows[~mine.inside(drawn, draws.top_p[rows]).squeeze(-1)]
         if not len(rows):
             return
     rest = sums.rows(rows).weights.flatten(1)
     kept = truncated(rest, draws.top_k[rows], draws.top_p[rows])
-    tokens[rows] = Sums.of(kept).invert(uniform[rows, 0])
+    tokens[rows] = Sums.of(kept).invert(uniform[rows, :1]).squeeze(-1)
 
 
 def truncated(weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
@@ -216,41 +250,69 @@ class Sampler:
         self._kept: Items[Sequence] = ()
 
     def choose(
-        self, logits: Tensor, sequences: Items[Sequence], best: Tensor | None = None
+        self,
+        logits: Tensor,
+        sequences: Items[Sequence],
+        best: Tensor | None = None,
+        captured: CapturedDraw | None = None,
     ) -> list[TokenScore | None]:
         """A token for each sequence.
 
         Args:
             logits: float32 [sequences, vocabulary], which stay as they are.
             best: int64 [sequences], their argmax, where it is known.
+            captured: draws from these logits, where that was captured.
 
         Returns:
             One score a sequence, with log-probabilities for those that ask; `None` where the distribution is
             not finite.
         """
         settings = [sequence.work.sampling for sequence in sequences]
-        scores, adjusted = logits, [i for i, s in enumerate(settings) if changes_logits(s)]
-        if adjusted:
-            scores = logits.clone()
-            for row in adjusted:
-                adjust_(scores[row], sequences[row])
-        tokens = scores.argmax(dim=-1) if best is None or adjusted else best
-        drawn = [i for i, s in enumerate(settings) if not is_greedy(s)]
-        if drawn:
-            draws = self._parameters([sequences[i] for i in drawn], logits)
-            numbers = uniforms([sequences[i].seed for i in drawn], [sequences[i].generated for i in drawn])
-            uniform = torch.from_numpy(numbers).to(logits.device)
-            if len(drawn) == len(sequences):
-                tokens = draw(scores, draws, uniform)
-            else:
-                rows = torch.tensor(drawn, device=logits.device)
-                tokens = tokens.clone()
-                tokens[rows] = draw(scores[rows], draws, uniform)
-        chosen = tokens.tolist()
+        drawn = [row for row, s in enumerate(settings) if not is_greedy(s)]
+        adjusted = [row for row, s in enumerate(settings) if changes_logits(s)]
+        if captured is not None and drawn and not adjusted and not any(settings[row].top_k for row in drawn):
+            tokens = self._draw_captured(logits, sequences, captured)
+        else:
+            scores = logits
+            if adjusted:
+                scores = logits.clone()
+                for row in adjusted:
+                    adjust_(scores[row], sequences[row])
+            found = scores.argmax(dim=-1) if best is None or adjusted else best
+            tokens = self._draw(scores, found, sequences, drawn).tolist() if drawn else found.tolist()
         return [
-            None if token == NOT_FINITE else token_score(row, token, s.logprobs)
-            for row, token, s in zip(logits, chosen, settings, strict=True)
+            None
+            if token == NOT_FINITE
+            else TokenScore(token)
+            if s.logprobs is None
+            else token_score(logits[row], token, s.logprobs)
+            for row, (token, s) in enumerate(zip(tokens, settings, strict=True))
         ]
+
+    def _draw(self, scores: Tensor, best: Tensor, sequences: Items[Sequence], drawn: Items[int]) -> Tensor:
+        chosen = [sequences[row] for row in drawn]
+        draws = self._parameters(chosen, scores)
+        uniform = torch.from_numpy(_numbers(chosen)).to(scores.device)
+        if len(drawn) == len(sequences):
+            return draw(scores, draws, uniform)
+        rows = torch.tensor(drawn, device=scores.device)
+        tokens = best.clone()
+        tokens[rows] = draw(scores[rows], draws, uniform)
+        return tokens
+
+    def _draw_captured(self, logits: Tensor, sequences: Items[Sequence], captured: CapturedDraw) -> list[int]:
+        settings = [sequence.work.sampling for sequence in sequences]
+        parameters = [(0.0 if is_greedy(s) else s.temperature, s.min_p, s.top_p) for s in settings]
+        uniform = _numbers(sequences)
+        tokens: list[int] = captured(np.array(parameters, dtype=np.float32), uniform[:, :TRIES]).tolist()
+        unsettled = [row for row, token in enumerate(tokens) if token == UNSETTLED]
+        if unsettled:
+            rows = torch.tensor(unsettled, device=logits.device)
+            draws = Draws.of([settings[row] for row in unsettled], logits.shape[-1], logits.device)
+            again = draw(logits[rows], draws, torch.from_numpy(uniform[unsettled]).to(logits.device)).tolist()
+            for row, token in zip(unsettled, again, strict=True):
+                tokens[row] = token
+        return tokens
 
     def _parameters(self, sequences: Items[Sequence], logits: Tensor) -> Draws:
         """Those of the last step, if it had the same sequences."""
@@ -260,6 +322,10 @@ class Sampler:
             self._draws = Draws.of(samplings, logits.shape[-1], logits.device)
             self._key, self._kept = key, sequences  # kept alive, so that an id in the key cannot be reused
         return self._draws
+
+
+def _numbers(sequences: Items[Sequence]) -> NDArray[np.float64]:
+    return uniforms([one.seed for one in sequences], [one.generated for one in sequences])
 
 
 def adjust_(logits: Tensor, sequence: Sequence) -> None:

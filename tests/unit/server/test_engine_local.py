@@ -84,6 +84,7 @@ def test_captured_steps_say_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) 
     model = tiny_llama()
     experts = make_experts(model, (4, 8, 3))
     jobs = [(random_prompt(2 + 5 * i), MIXTURES[i % 5], 5 + 3 * i) for i in range(9)]
+    kinds: list[dict[str, Any]] = [{}, {"temperature": 0.9, "top_p": 0.8}, {"temperature": 1.2, "top_k": 9}]
     replays: list[bool] = []
     replay = StepGraphs.replay
 
@@ -96,7 +97,10 @@ def test_captured_steps_say_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) 
 
     async def scenario(**options: Any) -> list[list[int]]:
         async with running(with_delta(model, []), experts, **options) as rig:
-            asks = (rig.ask(p, m, max_tokens=n, logprobs=1) for p, m, n in jobs)
+            asks = (
+                rig.ask(p, m, max_tokens=n, logprobs=1, seed=i, **kinds[i % 2 + (i == 8)])
+                for i, (p, m, n) in enumerate(jobs)
+            )
             answers = await asyncio.gather(*asks)
             short = await rig.ask(random_prompt(1), {}, max_tokens=1)  # a prompt that is a single token
             assert len(short.tokens) == 1

@@ -1,6 +1,7 @@
 """Sampling against transformers' own warpers, and draws against the distribution they come from."""
 
 import secrets
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from transformers import (
 from loramux.server.engine.protocol import Sampling
 from loramux.server.engine.sampler import (
     ATTEMPTS,
+    UNSETTLED,
     Draws,
     Sampler,
     draw,
+    draw_captured,
     token_score,
     truncated,
     uniforms,
@@ -250,3 +253,33 @@ def test_draws_invert_the_cumulative_distribution_in_the_order_of_ids() -> None:
         for u in (0.0, 0.49, 0.51, 0.69, 0.71, 1 - 2**-53)
     ]
     assert found == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_captured_draw_says_what_a_plain_one_does_or_that_it_does_not_know() -> None:
+    options = [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "top_p": 0.9, "seed": 5},
+        {"temperature": 1.3, "top_p": 0.05, "seed": 8},
+        {"temperature": 1.4, "min_p": 0.1, "seed": 6},
+        {"temperature": 1.0, "seed": 7, "top_p": 0.5, "min_p": 0.02},
+    ]
+    rows = [sequence(Sampling(max_tokens=99, **one), (1, 2, 3)) for one in options]  # type: ignore[arg-type]
+    sampler, unsettled = Sampler(), 0
+    for step in range(40):
+        logits = torch.randn(len(rows), 700) * 2
+        if step == 20:
+            logits[3] = float("nan")
+        best = logits.argmax(-1)
+
+        def captured(parameters: Any, uniform: Any, logits: Any = logits, best: Any = best) -> torch.Tensor:
+            nonlocal unsettled
+            found = draw_captured(logits, best, torch.from_numpy(parameters), torch.from_numpy(uniform))
+            unsettled += int((found == UNSETTLED).sum())
+            return found
+
+        found = sampler.choose(logits, rows, best, captured)
+        assert found == Sampler().choose(logits, rows)
+        for row, score in zip(rows, found, strict=True):
+            if score is not None:
+                row.accept(score)
+    assert unsettled > 10
