@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,24 @@ def test_the_operator_of_the_gpu_suite_once_timed_the_bare_layer(dtype: torch.dt
     assert (gated - bare).float().norm() > 5 * gpu.TOLERANCE[dtype] * bare.float().norm()
     torch.testing.assert_close(operator.gated(operator.x), bare)
     assert gpu.seconds(lambda: None) > 0
+
+
+def test_the_steps_of_a_device_run_on_a_cpu_too() -> None:
+    """The suite runs this scenario where there is a GPU; what it does is the same here, and as little of it
+    as there can be."""
+    steps = importlib.import_module("benchmarks.steps")
+    bench = importlib.import_module("benchmarks.bench")
+    shapes = importlib.import_module("benchmarks.shapes")
+
+    async def run() -> Any:
+        async with AsyncExitStack() as stack:
+            made = bench.Bench(shapes.SHAPES["tiny"], 1, stack, lambda _: None, context=20, tokens=4)
+            return await steps.steps(made)
+
+    found = asyncio.run(run())
+    values = {line.what: line.median for line in found.lines}
+    assert all(math.isfinite(value) and value > 0 for value in values.values()), values
+    for requests in ("1 request", "16 requests", "32 requests"):
+        for kind in ("one blend", "a blend each", "base, sampled", "MixLoRA", "LoRACoE", "LoRAMoE"):
+            assert f"{requests}, {kind}: of base" in values
+    assert values["16 requests, base: device busy"] <= 1
