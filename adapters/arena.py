@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.lora import LoraAdapter
-from loramux.kernels.gated_lora.plan import Extent
+from loramux.kernels.gated_lora.gate_slot import Extent
 
 
 class _Group(NamedTuple):

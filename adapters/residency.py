@@ -18,7 +18,8 @@ from loramux.adapters.errors import BlendError
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.merge import merge
 from loramux.adapters.quiet_threads import QuietThreads
-from loramux.kernels.gated_lora.plan import Extent, GateSlot, Slot
+from loramux.kernels.gated_lora.gate_slot import Extent, GateSlot
+from loramux.kernels.gated_lora.plan import Slot
 
 
 class BlendTooLarge(BlendError):

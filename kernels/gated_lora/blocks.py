@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loramux.kernels.gated_lora.plan import Extent, Segment
+from loramux.kernels.gated_lora.gate_slot import Extent
+from loramux.kernels.gated_lora.plan import Segment
 
 
 @dataclass(frozen=True, eq=False)

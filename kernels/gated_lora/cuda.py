@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from loramux.kernels.gated_lora.form import After, Bound, BoundAll
-from loramux.kernels.gated_lora.plan import BARE, GateSlot, Plan
+from loramux.kernels.gated_lora.gate_slot import GateSlot
+from loramux.kernels.gated_lora.plan import BARE, Plan
 from loramux.kernels.gated_lora.slots import SlotTable, UnionTable
 from loramux.kernels.gated_lora.triton import expand_all_, gated_lora_all_, shrink
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from loramux.kernels.gated_lora.form import Bound, BoundAll, bind_each
-from loramux.kernels.gated_lora.plan import BARE, LONG_SEGMENT, Extent, GateSlot, Plan, Segment
+from loramux.kernels.gated_lora.gate_slot import Extent, GateSlot
+from loramux.kernels.gated_lora.plan import BARE, LONG_SEGMENT, Plan, Segment
 
 
 @dataclass(frozen=True, eq=False)

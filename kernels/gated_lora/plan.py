@@ -2,44 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from loramux.kernels.gated_lora.gate_slot import GateSlot
 from loramux.kernels.gated_lora.shares import Share, TokenSlot, share_out
-
-if TYPE_CHECKING:
-    from loramux.kernels.gated_lora.slots import UnionTable
-
-Extent = tuple[int, int]
+from loramux.kernels.gated_lora.slots import UnionTable
 
 #: From this many tokens on, a request gets matrix products of its own over the rows it uses; shorter ones are
 #: taken together.
 LONG_SEGMENT = 16
-
-
-@dataclass(frozen=True, eq=False)
-class GateSlot:
-    """Where one resident blend lives in the stacked factors.
-
-    `extents` are half-open row ranges; `gate` holds one float32 factor per row of their concatenation;
-    `modules` are the module paths in which any of these rows is non-zero.
-    """
-
-    extents: tuple[Extent, ...]
-    gate: Tensor
-    modules: frozenset[str]
-
-    def __post_init__(self) -> None:
-        rows = sum(hi - lo for lo, hi in self.extents)
-        if self.gate.shape != (rows,):
-            raise ValueError(f"gate has shape {tuple(self.gate.shape)}, the extents hold {rows} rows")
-
-    def parts(self) -> list[tuple[Extent, Tensor]]:
-        """Every extent with its piece of the gate, in rising order."""
-        gates = torch.split(self.gate, [hi - lo for lo, hi in self.extents])
-        return sorted(zip(self.extents, gates, strict=True), key=lambda part: part[0])
 
 
 #: What a request of a step may use.
@@ -77,7 +47,7 @@ class Plan:
 
     segments: tuple[Segment, ...] = ()
     shares: tuple[Share, ...] = ()
-    table: "UnionTable | None" = None
+    table: UnionTable | None = None
 
     @property
     def is_empty(self) -> bool:

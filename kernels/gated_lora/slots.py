@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loramux.kernels.gated_lora.plan import GateSlot
+from loramux.kernels.gated_lora.gate_slot import GateSlot
 
 #: Tokens of one slot that are multiplied together. Few where a batch is decode steps of many blends, more
 #: where it may be prefill: a longer tile reads the factors less often.

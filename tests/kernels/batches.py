@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from loramux.kernels.gated_lora.plan import GateSlot
+from loramux.kernels.gated_lora.gate_slot import GateSlot
 
 Segments = list[tuple[GateSlot | None, int]]
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from loramux.kernels.gated_lora.plan import GateSlot
+from loramux.kernels.gated_lora.gate_slot import GateSlot
 from loramux.kernels.gated_lora.slots import SlotCapacityError, SlotTable, UnionTable
 from tests.kernels.batches import TRAFFIC, Segments, draw, gate_of, make_slots, rows_of, tokens_of, traffic
 
