@@ -37,7 +37,7 @@ test-releases: $(TEST_STAMP)
 		folder=build/transformers$$(tr -d '=<.*' <<< "$$release"); \
 		$(BIN)/pip install --quiet --no-deps --upgrade --target $$folder "transformers$$release"; \
 		PYTHONPATH=$$folder $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'; \
-		PYTHONPATH=$$folder $(BIN)/pytest -q tests/unit/server/test_engine_local.py tests/unit/server/test_engine_families.py; \
+		PYTHONPATH=$$folder $(BIN)/pytest -q tests/unit/server/test_engine_*.py; \
 	done
 
 fuzz: $(TEST_STAMP)

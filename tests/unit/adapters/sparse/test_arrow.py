@@ -45,7 +45,7 @@ def test_logits_equal_those_of_peft(top_k: int, temperature: float, tmp_path: Pa
     with torch.inference_mode():
         wanted = oracle(input_ids=prompt, use_cache=False).logits
     found = served(base, ArrowExperts(adapters, seed=7), prompt, top_k, temperature)
-    torch.testing.assert_close(found, wanted, atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
 
 
 def adapter(name: str, rank: int, modules: list[str], shapes: BaseShapes = BASE) -> LoraAdapter:
@@ -110,8 +110,8 @@ def test_slots_share_the_tensors_and_do_not_disturb_each_other() -> None:
         return found
 
     together = logits(prompt, sharp, soft)
-    torch.testing.assert_close(together[:1], logits(prompt[:1], sharp), atol=3e-5, rtol=1e-4)
-    torch.testing.assert_close(together[1:], logits(prompt[1:], soft), atol=3e-5, rtol=1e-4)
+    torch.testing.assert_close(together[:1], logits(prompt[:1], sharp), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together[1:], logits(prompt[1:], soft), atol=1e-4, rtol=1e-4)
     assert experts.nbytes == 4 * sum(12 * (n_out + n_in) + 3 * n_in for n_out, n_in in BASE.modules.values())
 
 
