@@ -6,7 +6,8 @@ Importing this package loads numpy only; FAISS, tokenizers and torch come with t
 from .classifier import Classifier, LinearClassifier, TransformerClassifier
 from .decision import MAX_TOP_M, STRATEGIES, Candidate, Decision, RoutingOptions, RoutingPlan, Strategy
 from .encoder import Encoded, Encoder, EncoderSpec
-from .errors import RouterError, RouterFileError, RoutingOptionsError
+from .errors import RouterError, RouterFileError, RoutingExamplesError, RoutingOptionsError
+from .joining import Joined
 from .policy import POLICIES, Policy
 from .router import DEFAULTS, Router, ScoreRow, ScoreTable
 from .service import RoutingService, ServiceStats
@@ -25,12 +26,14 @@ __all__ = [
     "Encoded",
     "Encoder",
     "EncoderSpec",
+    "Joined",
     "LinearClassifier",
     "Policy",
     "Router",
     "RouterError",
     "RouterFileError",
     "RouterState",
+    "RoutingExamplesError",
     "RoutingOptions",
     "RoutingOptionsError",
     "RoutingPlan",

@@ -34,7 +34,8 @@ class Decision:
 
     candidates: every expert, best score first. experts: those to blend, best first; empty when `fallback`.
     margin: best minus second score (the score itself with one expert). entropy: of softmax(score /
-    temperature) over all experts, in nats. reason: one sentence for people.
+    temperature) over all experts, in nats. reason: one sentence for people. blank: there was nothing to
+    route by.
     """
 
     strategy: Strategy
@@ -48,6 +49,7 @@ class Decision:
     truncated: bool
     margin: float
     entropy: float
+    blank: bool = False
 
     def among(self, served: Mapping[str, str]) -> "Decision":
         """The decision of a pool of fewer experts: `served` has router id -> the id it is served by.
@@ -64,14 +66,15 @@ class Decision:
         weights = [] if fallback else blend_weights(ordered, len(self.experts), self.policy, self.temperature)
         padded = [*weights, *[0.0] * (len(kept) - len(weights))]
         candidates = tuple(one._replace(weight=weight) for one, weight in zip(kept, padded, strict=True))
-        reason = self.reason
-        if kept and candidates[0].id != self.candidates[0].id:
+        reason, first = self.reason, self.candidates[0].id
+        if kept and first in served:
+            reason = reason_for(self.strategy, self.threshold, candidates[0], len(weights), blank=self.blank)
+        elif kept:
             verdict = (
                 f"below the threshold {self.threshold:.3f}: the base answers alone" if fallback else "chosen"
             )
-            gone, best = self.candidates[0].id, kept[0].id
-            reason = f"{gone} is not served; next is {best} with {ordered[0]:.3f}, {verdict}"
-        elif not kept:
+            reason = f"{first} is not served; next is {kept[0].id} with {ordered[0]:.3f}, {verdict}"
+        else:
             reason = "no expert that the router knows is served: the base answers alone"
         return replace(
             self,
@@ -82,6 +85,19 @@ class Decision:
             margin=ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0) if kept else 0.0,
             entropy=entropy(ordered, self.temperature) if kept else 0.0,
         )
+
+
+def reason_for(strategy: Strategy, threshold: float, best: Candidate, count: int, *, blank: bool) -> str:
+    """One sentence for people: what was chosen, `count` experts of which `best` is the first, and why."""
+    if blank:
+        return "the text is blank, or nothing that the encoder reads: the base answers alone"
+    if not count:
+        return (
+            f"best {strategy} score {best.score:.3f} ({best.id}) is below the threshold "
+            f"{threshold:.3f}: the base answers alone"
+        )
+    experts = "1 expert" if count == 1 else f"{count} experts"
+    return f"{experts} by {strategy}; best is {best.id} with score {best.score:.3f}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """Every error the router raises on purpose.
 
 RouterError (ValueError)
-├── RouterFileError      a router directory, encoder or classifier on disk is wrong: names file and field
-└── RoutingOptionsError  a request or the configuration asks for something impossible: names the option
+├── RouterFileError       a router directory, encoder or classifier on disk is wrong: names file and field
+├── RoutingOptionsError   a request or the configuration asks for something impossible: names the option
+└── RoutingExamplesError  an expert cannot join by these example texts: names the text
 """
 
 from pathlib import Path
@@ -35,3 +36,16 @@ class RoutingOptionsError(RouterError):
 
     def __reduce__(self) -> tuple[type["RoutingOptionsError"], tuple[str, str]]:
         return type(self), (self.option, self.problem)
+
+
+class RoutingExamplesError(RouterError):
+    """An expert cannot join a router by these texts. `number` is that of the text at fault, None for all."""
+
+    def __init__(self, number: int | None, problem: str) -> None:
+        self.number = number
+        self.problem = " ".join(problem.split())
+        place = "" if number is None else f"[{number}]"
+        super().__init__(f"routing_examples{place}: {self.problem}")
+
+    def __reduce__(self) -> tuple[type["RoutingExamplesError"], tuple[int | None, str]]:
+        return type(self), (self.number, self.problem)

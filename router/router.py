@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .classifier import Classifier
-from .decision import Candidate, Decision, RoutingOptions, RoutingPlan, Strategy
+from .decision import Candidate, Decision, RoutingOptions, RoutingPlan, Strategy, reason_for
 from .encoder import Encoded, Encoder, normalize_rows
 from .errors import RouterError, RoutingOptionsError
 from .index import CentroidIndex
@@ -104,6 +104,15 @@ class Router:
     def experts(self) -> tuple[str, ...]:
         return self.state.experts
 
+    def over(self, state: RouterState) -> "Router":
+        """The router of another state, with this one's encoder and defaults.
+
+        Raises RouterError when the classifier is not the state's own: its classes are these experts.
+        """
+        if self.classifier is not self.state.classifier:
+            raise RouterError("a fine-tuned classifier cannot be given other experts")
+        return Router(state, self.encoder, defaults=self.defaults)
+
     def resolve(self, options: RoutingOptions | None = None) -> RoutingPlan:
         """Fill every None: request over configuration over calibration. Raises RoutingOptionsError."""
         asked = (options or RoutingOptions()).over(self.defaults)
@@ -172,10 +181,11 @@ class Router:
             candidates=candidates,
             experts=experts,
             fallback=fallback,
-            reason=_reason(plan, candidates[0], len(experts), row.blank),
+            reason=reason_for(plan.strategy, plan.threshold, candidates[0], len(experts), blank=row.blank),
             truncated=row.truncated,
             margin=ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0),
             entropy=entropy(ordered, plan.temperature),
+            blank=row.blank,
         )
 
     def decide(self, texts: Sequence[str], options: RoutingOptions | None = None) -> list[Decision]:
@@ -231,15 +241,3 @@ def blank_rows(vectors: Vectors) -> npt.NDArray[np.bool_]:
 def hybrid_scores(cosine: Value, probability: Value, weight: float) -> Value:
     """weight · cosine + (1 - weight) · probability (QLoRA-MoE report §3.2, "hybrid routing"; ½ there)."""
     return weight * cosine + (1.0 - weight) * probability
-
-
-def _reason(plan: RoutingPlan, best: Candidate, count: int, blank: bool) -> str:
-    if blank:
-        return "the text is blank, or nothing that the encoder reads: the base answers alone"
-    if not count:
-        return (
-            f"best {plan.strategy} score {best.score:.3f} ({best.id}) is below the threshold "
-            f"{plan.threshold:.3f}: the base answers alone"
-        )
-    experts = "1 expert" if count == 1 else f"{count} experts"
-    return f"{experts} by {plan.strategy}; best is {best.id} with score {best.score:.3f}"

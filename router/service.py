@@ -3,6 +3,9 @@
 One worker thread embeds. Texts that arrive while it works wait in a queue, and all of them go into its next
 batch: no timer, so an idle service answers at once and a busy one batches by itself. Scores of repeated texts
 come from a bounded LRU cache; the same text asked twice at the same time is embedded once.
+
+The router can be exchanged while it serves. A text is scored and decided by the router that it came to, so no
+decision mixes two.
 """
 
 import asyncio
@@ -11,14 +14,17 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
+from typing import NamedTuple, TypeVar
 
 from .decision import Decision, RoutingOptions
 from .errors import RouterError
+from .joining import Joined, joined, left
 from .router import Router, ScoreRow, blank_rows
 
 Observe = Callable[[str, float], None]
-Key = tuple[bytes, bool]
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -43,13 +49,20 @@ class ServiceStats:
     classify_seconds: float = 0.0
 
 
+class Key(NamedTuple):
+    """What scores depend on: the router, the text (a digest), and whether the classifier runs."""
+
+    router: Router
+    text: bytes
+    classify: bool
+
+
 @dataclass(slots=True, eq=False)
 class _Wait:
     """One text on its way. Every caller has a future of its own, so a cancelled one harms no other."""
 
     key: Key
     text: str
-    classify: bool
     callers: list[asyncio.Future[ScoreRow]] = field(default_factory=list)
 
     @property
@@ -106,15 +119,35 @@ class RoutingService:
         Cancelling one caller never harms another that waits for the same text. Raises RoutingOptionsError at
         once for impossible options, and whatever the encoder or classifier raised for this text.
         """
-        plan = self.router.resolve(options)
-        classify = self.router.needs_classifier(plan)
-        key = (hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest(), classify)
+        router = self.router
+        plan = router.resolve(options)
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        key = Key(router, digest, router.needs_classifier(plan))
         row = self._cache.get(key)
         if row is None:
-            row = await self._scored(key, text, classify)
+            row = await self._scored(key, text)
         else:
             self._stats.cache_hits += 1
-        return self.router.choose_row(row, plan)
+        return router.choose_row(row, plan)
+
+    async def joined(self, expert: str, texts: Sequence[str]) -> Joined:
+        """The router with an expert more, from example texts; it serves once it is given to `use`.
+
+        Raises RoutingExamplesError when a text cannot be read or the router cannot be added to.
+        """
+        return await self._on_worker(partial(joined, self.router, expert, texts))
+
+    async def left(self, expert: str) -> Router:
+        """The router without an expert; it serves once it is given to `use`."""
+        return await self._on_worker(partial(left, self.router, expert))
+
+    def use(self, router: Router) -> None:
+        """Let `router` decide about the texts that come from now on.
+
+        Whoever makes it out of the present one sees to it that nobody else does so meanwhile.
+        """
+        self.router = router
+        self._cache.clear()
 
     async def close(self) -> None:
         """Refuse new texts, finish those on their way, end the worker thread."""
@@ -123,12 +156,18 @@ class RoutingService:
             await asyncio.wait([self._runner])
         self._worker.shutdown(wait=True)
 
-    async def _scored(self, key: Key, text: str, classify: bool) -> ScoreRow:
+    async def _on_worker(self, work: Callable[[], Result]) -> Result:
+        """Where the encoder may be used."""
+        if self._closed:
+            raise RouterError("the router is closed")
+        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+
+    async def _scored(self, key: Key, text: str) -> ScoreRow:
         if self._closed:
             raise RouterError("the router is closed")
         wait = self._on_the_way.get(key)
         if wait is None:
-            wait = _Wait(key, text, classify)
+            wait = _Wait(key, text)
             self._on_the_way[key] = wait
             self._waiting.append(wait)
             if self._runner is None or self._runner.done():
@@ -150,8 +189,11 @@ class RoutingService:
                         wait.fail(RouterError("the router stopped before this text was scored"))
 
     def _next_batch(self) -> list[_Wait]:
+        """The oldest that wait, all for the same router."""
         batch: list[_Wait] = []
         while self._waiting and len(batch) < self._max_batch:
+            if batch and self._waiting[0].key.router is not batch[0].key.router:
+                break
             wait = self._waiting.popleft()
             if wait.wanted:
                 batch.append(wait)
@@ -163,7 +205,7 @@ class RoutingService:
     async def _score_batch(self, batch: Sequence[_Wait]) -> None:
         loop = asyncio.get_running_loop()
         try:
-            scored = await loop.run_in_executor(self._worker, _score, self.router, batch)
+            scored = await loop.run_in_executor(self._worker, _score, batch)
         except Exception as error:  # whatever a text makes the encoder raise belongs to that text alone
             if len(batch) == 1:
                 self._stats.failures += 1
@@ -175,7 +217,8 @@ class RoutingService:
             return
         self._count(len(batch), scored.seconds)
         for wait, row in zip(batch, scored.rows, strict=True):
-            self._cache.put(wait.key, row)
+            if wait.key.router is self.router:
+                self._cache.put(wait.key, row)
             self._leave(wait)
             wait.answer(row)
 
@@ -205,15 +248,16 @@ class _Scored:
     seconds: dict[str, float]
 
 
-def _score(router: Router, batch: Sequence[_Wait]) -> _Scored:
+def _score(batch: Sequence[_Wait]) -> _Scored:
     """On the worker thread: embed and search all, classify those that need it."""
+    router = batch[0].key.router
     texts = [wait.text for wait in batch]
     start = perf_counter()
     encoded = router.embed(texts)
     embedded = perf_counter()
     raw, ranked = router.similarities(encoded.vectors)
     searched = perf_counter()
-    wanted = [row for row, wait in enumerate(batch) if wait.classify]
+    wanted = [row for row, wait in enumerate(batch) if wait.key.classify]
     found = router.probabilities([texts[row] for row in wanted], encoded.vectors[wanted]) if wanted else None
     classified = perf_counter()
     probability = {} if found is None else dict(zip(wanted, found, strict=True))
@@ -245,6 +289,10 @@ class _ScoreCache:
         if row is not None:
             self._rows.move_to_end(key)
         return row
+
+    def clear(self) -> None:
+        self._rows.clear()
+        self.bytes = 0
 
     def put(self, key: Key, row: ScoreRow) -> None:
         old = self._rows.pop(key, None)

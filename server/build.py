@@ -130,7 +130,8 @@ def connect(
 ) -> Parts:
     """The parts of a server around a residency, an engine and a router, whichever they are."""
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    catalog = Catalog(base, residency.experts, engine.max_context, shelf.cards)
+    catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards)
+    metrics.count_routable(lambda: len(catalog.routed()))
     prompts = Prompts(tokenizer, vocabulary, engine.max_context)
     lifecycle = Lifecycle()
     selector = Selector(
@@ -163,7 +164,7 @@ def connect(
         engine=engine,
         pipeline=pipeline,
         metrics=metrics,
-        admin=AdapterAdmin(catalog, residency, shelf, adapter_root, read),
+        admin=AdapterAdmin(catalog, residency, shelf, router, adapter_root, read),
         fingerprint=fingerprint,
     )
 

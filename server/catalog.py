@@ -1,10 +1,10 @@
 """The names that `model` may have, and what each stands for."""
 
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.sparse.shelf import SparseCard
@@ -23,20 +23,39 @@ class Kind(StrEnum):
     SPARSE = "sparse"
 
 
+class Source(StrEnum):
+    """Where an expert's route comes from: the pool's fit, or the example texts of its load."""
+
+    POOL = "pool"
+    EXAMPLES = "examples"
+
+
+class Routes(Protocol):
+    """What is read of the router: the ids that its decisions have now."""
+
+    @property
+    def experts(self) -> Sequence[str]: ...
+
+
 class Catalog:
     """`auto`, the base, the experts and the sparse models; the latter two come and go, so their mappings are
-    looked up live."""
+    looked up live, and so is what the router knows.
+
+    The router's id of an expert of the pool is its name there; of one that joined since, its content hash.
+    """
 
     def __init__(
         self,
         base: str,
         experts: Mapping[str, LoraAdapter],
         max_context: int,
+        routes: Routes,
         sparse: Mapping[str, SparseCard] = MappingProxyType({}),
     ) -> None:
-        """`experts` are those that the router was fitted for; whoever comes later must have their content."""
+        """`experts` are, at this moment, those that the router was fitted for."""
         self.base = base
-        self._routes = {name: expert.content_hash for name, expert in experts.items()}
+        self._routes = routes
+        self._pool = {name: expert.content_hash for name, expert in experts.items()}
         self.experts = experts
         self.sparse = sparse
         self._max_context = max_context
@@ -83,16 +102,33 @@ class Catalog:
         """Which experts can be routed to now: the router's id -> the id that serves the same content.
 
         A centroid belongs to content, not to a name: what was loaded under the name of another expert gets
-        none of its traffic, and content that comes back gets its route back.
+        none of its traffic, and content that comes back gets its route back. Of several names for one content
+        the pool's own has it, else the one that was loaded first.
         """
-        by_content = {expert.content_hash: name for name, expert in sorted(self.experts.items())}
+        by_content: dict[str, str] = {}
+        for name, expert in self.experts.items():
+            by_content.setdefault(expert.content_hash, name)
         found: dict[str, str] = {}
-        for name, content in self._routes.items():
-            own = self.experts.get(name)
-            served = name if own is not None and own.content_hash == content else by_content.get(content)
+        for id in self._routes.experts:
+            content, own = self._content(id), self.experts.get(id)
+            served = id if own is not None and own.content_hash == content else by_content.get(content)
             if served is not None:
-                found[name] = served
+                found[id] = served
         return found
+
+    def routed(self) -> dict[str, Source]:
+        """The names that can be routed to now, and where each has its route from."""
+        return {
+            name: Source.POOL if id in self._pool else Source.EXAMPLES for id, name in self.routable().items()
+        }
+
+    def is_known(self, content: str) -> bool:
+        """Whether the router has a route for that content, served or not."""
+        return any(self._content(id) == content for id in self._routes.experts)
+
+    def has_joined(self, content: str) -> bool:
+        """Whether that content has its route from example texts."""
+        return content in self._routes.experts and content not in self._pool
 
     def names(self) -> list[str]:
         """Every name, in the order of `/v1/models`."""
@@ -104,7 +140,7 @@ class Catalog:
 
     def cards(self) -> list[dict[str, Any]]:
         """The `/v1/models` entries."""
-        routed = set(self.routable().values())
+        routed = self.routed()
         return [self._card(name, routed) for name in self.names()]
 
     def card(self, model: str) -> dict[str, Any]:
@@ -113,9 +149,13 @@ class Catalog:
         Raises:
             UnknownModel: nothing here.
         """
-        return self._card(model, set(self.routable().values()))
+        return self._card(model, self.routed())
 
-    def _card(self, model: str, routed: Set[str]) -> dict[str, Any]:
+    def _content(self, id: str) -> str:
+        """What the router means by an id."""
+        return self._pool.get(id, id)
+
+    def _card(self, model: str, routed: Mapping[str, Source]) -> dict[str, Any]:
         kind = self.resolve(model)
         root, parent = {
             Kind.AUTO: (self.base, self.base),
@@ -126,8 +166,8 @@ class Catalog:
         about: dict[str, Any] | None = None
         if kind is Kind.SPARSE:
             about = {"kind": self.sparse[model].kind, **self.sparse[model].summary}
-        elif kind is Kind.EXPERT and model not in routed:
-            about = {"routable": False}
+        elif kind is Kind.EXPERT:
+            about = route_fields(routed.get(model))
         return model_card(
             model,
             self._created,
@@ -136,3 +176,8 @@ class Catalog:
             context=self._max_context,
             about=about,
         )
+
+
+def route_fields(source: Source | None) -> dict[str, Any]:
+    """What answers say of an expert's route; one without is served by name, in `lora` and by arrow."""
+    return {"routable": False} if source is None else {"routable": True, "route_from": source}

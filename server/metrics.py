@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -151,6 +151,7 @@ class Metrics:
         self._selected = Counter(
             "loramux_expert_selected", "Requests whose blend holds the expert.", ("expert",), registry=own
         )
+        self._routable = Gauge("loramux_routable_experts", "Experts that can be routed to now.", registry=own)
         self._merge_seconds = Histogram(
             "loramux_merge_seconds",
             "Merging a blend that was not resident.",
@@ -170,6 +171,10 @@ class Metrics:
             "loramux_http_request_duration_seconds", "HTTP answers, to their last byte.", ("route",),
             buckets=LATENCY, registry=self.registry,
         )  # fmt: skip
+
+    def count_routable(self, count: Callable[[], int]) -> None:
+        """How many experts can be routed to, asked at every scrape."""
+        self._routable.set_function(count)
 
     def received(self, job: Job) -> None:
         """A job began."""

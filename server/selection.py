@@ -1,11 +1,14 @@
 """Steps 2 and 3 of a request: which experts, how much of each, and the blend made of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from loramux.adapters.blend import EXACT_GRID, Blend
 from loramux.adapters.sparse.arrows import TEMPERATURE, ArrowMixture
 from loramux.router.decision import Candidate, Decision, RoutingOptions
+from loramux.router.joining import Joined
+from loramux.router.router import Router as FittedRouter
 from loramux.server.ask import Ask
 from loramux.server.catalog import Catalog, Kind
 from loramux.server.errors import RequestError
@@ -83,8 +86,25 @@ class Selection:
 class Router(Protocol):
     """What is asked of the router."""
 
+    @property
+    def experts(self) -> Sequence[str]:
+        """The ids that decisions have now."""
+        ...
+
     async def decide(self, text: str, options: RoutingOptions) -> Decision:
         """The decision about one routing text."""
+        ...
+
+    async def joined(self, expert: str, texts: Sequence[str]) -> Joined:
+        """A router with an expert more, from example texts; nothing changes until `use`."""
+        ...
+
+    async def left(self, expert: str) -> FittedRouter:
+        """A router with an expert less; nothing changes until `use`."""
+        ...
+
+    def use(self, router: FittedRouter) -> None:
+        """Decide with `router` from now on."""
         ...
 
     async def close(self) -> None:

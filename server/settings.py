@@ -47,6 +47,12 @@ class Limits(_Section):
     max_experts: int = Field(
         default=16, ge=1, description="Experts in `lora`, and the largest `routing.top_m`."
     )
+    max_routing_examples: int = Field(
+        default=64, ge=1, description="Texts in `routing_examples` of one adapter."
+    )
+    max_routing_example_length: int = Field(
+        default=8192, ge=1, description="Characters of one text in `routing_examples`."
+    )
 
 
 class EngineSettings(_Section):

@@ -1,1 +1,1 @@
-"""Fitting a router: train an embedder, cluster, classify, calibrate. Nothing here is needed to serve."""
+"""Fitting a router: train an embedder, cluster, classify, calibrate. To serve, only joining is needed."""

@@ -18,6 +18,8 @@ Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 # Vectors have length 1, so a variance below this is that of copies of one text.
 _LEAST_VARIANCE = 1e-6
+# Head, means and precision are stored in float32; a head that was fitted in another way is off by far more.
+_SAME_HEAD = 1e-4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,3 +56,36 @@ def fit_discriminant(vectors: Vectors, labels: Labels, k: int, shrinkage: float)
     shrunk = (1 - shrinkage) * covariance + shrinkage * variance * np.eye(len(covariance))
     precision = np.linalg.inv(shrunk)
     return Discriminant(means.astype(np.float32), ((precision + precision.T) / 2).astype(np.float32))
+
+
+def joined_head(head: LinearClassifier, fitted: Discriminant, vectors: Vectors) -> LinearClassifier:
+    """`head`, which is that of `fitted` at some temperature, with a row more; the others stay as they are.
+
+    The row is P m and its bias -½ (mᵀ P m - d / n), at the same temperature, for the mean m of unit vectors
+    [n, d] of the new expert's texts. The mean of few texts is noisy, and mᵀ P m is larger for it by
+    tr(P Σ) / n = d / n on average (the bias correction of Moran and Murphy 1979, "A Closer Look at Two
+    Alternative Methods of Statistical Discrimination"): without it an expert of a handful of texts loses to
+    those that were fitted on thousands.
+    Raises RouterError when the head is not that of the discriminant.
+    """
+    temperature = _temperature(head, fitted)
+    count, dimension = vectors.shape
+    mean = vectors.astype(np.float64).mean(axis=0, keepdims=True).astype(np.float32)
+    row = Discriminant(mean, fitted.precision).head()
+    row = LinearClassifier(row.weight, row.bias + np.float32(0.5 * dimension / count)).cooled(temperature)
+    return LinearClassifier(np.concatenate([head.weight, row.weight]), np.concatenate([head.bias, row.bias]))
+
+
+def _temperature(head: LinearClassifier, fitted: Discriminant) -> float:
+    """What the logits of `fitted` were divided by to give `head`: least squares over the weights.
+
+    Biases say nothing more: those of experts that joined are corrected.
+    Raises RouterError when no temperature does.
+    """
+    whole = fitted.head()
+    if whole.weight.shape == head.weight.shape:
+        own, given = whole.weight.astype(np.float64), head.weight.astype(np.float64)
+        scale = float((own * given).sum() / max(float((own * own).sum()), 1e-30))
+        if scale > 0 and np.abs(scale * own - given).max() <= _SAME_HEAD * np.abs(given).max():
+            return 1 / scale
+    raise RouterError("the classifier is not a linear discriminant over the stored means and precision")

@@ -1,4 +1,4 @@
-"""Fit a whole router from routing vectors and cluster labels; add an expert to it; take one out."""
+"""Fit a whole router from routing vectors and cluster labels; add an expert, or let it join; take one out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,18 +9,21 @@ import numpy.typing as npt
 from ..classifier import LinearClassifier, softmax
 from ..decision import Strategy
 from ..encoder import EncoderSpec, normalize_rows
-from ..errors import RouterError
+from ..errors import RouterError, RoutingExamplesError
 from ..familiarity import Distances, Familiarity, known
 from ..index import CentroidIndex
 from ..router import hybrid_scores
 from ..state import Calibration, RouterState, Samples
 from .calibrate import calibrate, fit_curve, fit_hybrid_weight, fit_temperature, platt_smoothing
 from .clusters import centroids as mean_centroids
-from .discriminant import fit_discriminant
+from .discriminant import Discriminant, fit_discriminant, joined_head
 
 Vectors = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
 Labels = npt.NDArray[np.int64]
+
+
+_CLOSED = "this router takes no expert without being fitted again: {}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,45 @@ def add_expert(
     experts = (*state.experts, expert)
     mean, centring = state.corpus_mean, state.centring
     return _calibrated(rows, labels, experts, state.encoder, means, mean, centring, options)
+
+
+def join_expert(state: RouterState, expert: str, vectors: Vectors) -> RouterState:
+    """Add an expert from unit vectors [n >= 1, d] of texts it should answer, in closed form.
+
+    Nothing is fitted: the others keep centroids, classifier rows and calibration, and `remove_expert` gives
+    the old state back. `add_expert`, which fits classifier and calibration again, is better and slower.
+    Raises RoutingExamplesError when the texts cancel out or the router cannot be added to, and RouterError
+    when the id is taken.
+    """
+    if expert in state.experts:
+        raise RouterError(f"expert {expert} is in the router already")
+    try:
+        centroid = mean_centroids(vectors, np.zeros(len(vectors), np.int64), 1)
+    except RouterError:
+        raise RoutingExamplesError(None, "the texts cancel out and have no centroid") from None
+    classifier, samples, familiarity = state.classifier, state.samples, state.familiarity
+    if classifier is not None:
+        if familiarity is None:
+            raise RoutingExamplesError(None, _CLOSED.format("it stores no means and precision"))
+        try:
+            fitted = Discriminant(familiarity.means, familiarity.precision)
+            classifier = joined_head(classifier, fitted, vectors)
+        except RouterError as error:
+            raise RoutingExamplesError(None, _CLOSED.format(error)) from None
+    if familiarity is not None:
+        mean = vectors.astype(np.float64).mean(axis=0, keepdims=True).astype(np.float32)
+        familiarity = replace(familiarity, means=np.concatenate([familiarity.means, mean]))
+    if samples is not None:
+        labels = np.concatenate([samples.labels, np.full(len(vectors), len(state.experts))])
+        samples = Samples(np.concatenate([samples.vectors, vectors]), labels)
+    return replace(
+        state,
+        experts=(*state.experts, expert),
+        centroids=np.concatenate([state.centroids, centroid]),
+        classifier=classifier,
+        samples=samples,
+        familiarity=familiarity,
+    )
 
 
 def remove_expert(state: RouterState, expert: str) -> RouterState:

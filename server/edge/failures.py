@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from loramux.adapters.errors import AdapterError, BlendError
-from loramux.router.errors import RouterError, RoutingOptionsError
+from loramux.router.errors import RouterError, RoutingExamplesError, RoutingOptionsError
 from loramux.server.engine.protocol import EngineClosed, EngineError, EngineOverloaded
 from loramux.server.errors import INVALID, SERVER, NotReady, RequestError
 
@@ -62,6 +62,9 @@ def describe(error: Exception) -> ErrorAnswer:
         return ErrorAnswer(error.status, str(error), error.kind, error.param, error.code, headers)
     if isinstance(error, RoutingOptionsError):
         return ErrorAnswer(400, str(error), INVALID, f"routing.{error.option}", "invalid_value")
+    if isinstance(error, RoutingExamplesError):
+        param = "routing_examples" if error.number is None else f"routing_examples[{error.number}]"
+        return ErrorAnswer(400, str(error), INVALID, param, "examples_refused")
     for row in ERROR_TABLE:
         if isinstance(error, row.error):
             retry = getattr(error, "retry_after", None)

@@ -4,6 +4,7 @@ from fastapi import APIRouter, Request, Response
 
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.sparse.shelf import SparseCard
+from loramux.server.catalog import route_fields
 from loramux.server.edge.body import read_json
 from loramux.server.parts import Parts
 from loramux.server.wire.admin import LoadAdapterRequest, UnloadAdapterRequest
@@ -18,10 +19,14 @@ def admin_routes(parts: Parts) -> APIRouter:
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
         asked = parse(LoadAdapterRequest, await read_json(request, limits.max_body_bytes), limits)
-        adapter = await parts.admin.load(asked.lora_name, asked.lora_path, asked.options)
-        answer = _described(adapter)
-        if isinstance(adapter, LoraAdapter):
-            answer["routable"] = adapter.id in parts.catalog.routable().values()
+        loaded = await parts.admin.load(
+            asked.lora_name, asked.lora_path, asked.options, asked.routing_examples
+        )
+        answer = _described(loaded.adapter)
+        if isinstance(loaded.adapter, LoraAdapter):
+            answer |= route_fields(parts.catalog.routed().get(loaded.adapter.id))
+        if loaded.truncated is not None:
+            answer["truncated_examples"] = loaded.truncated
         return Response(encode_json(answer), media_type="application/json")
 
     @router.post("/v1/unload_lora_adapter")
@@ -34,7 +39,11 @@ def admin_routes(parts: Parts) -> APIRouter:
     async def adapters() -> Response:
         resident = set(parts.residency.stats().resident_experts)
         experts = parts.catalog.experts
-        data = [_described(experts[name]) | {"resident": name in resident} for name in sorted(experts)]
+        routed = parts.catalog.routed()
+        data = [
+            _described(experts[name]) | {"resident": name in resident} | route_fields(routed.get(name))
+            for name in sorted(experts)
+        ]
         sparse = parts.catalog.sparse
         data += [_described(sparse[name]) | {"resident": True} for name in sorted(sparse)]
         return Response(encode_json({"object": "list", "data": data}), media_type="application/json")

@@ -155,13 +155,17 @@ def serving(
     engine: ScriptedEngine | None = None,
     keys: tuple[str, ...] = (),
     sparse: Sequence[SparseModel] = (),
+    router: Any = None,
     **flags: Any,
 ) -> Iterator[Served]:
-    """A server on a free port, stopped at the end; no lease and no row may be left over."""
+    """A server on a free port, stopped at the end; no lease and no row may be left over.
+
+    Its pool has the experts that the router knows.
+    """
     settings: Settings = load_settings(flags={"drain_seconds": 2, **flags})
     engine = engine or ScriptedEngine(saying(TOKENIZER, "Hello, world."))
-    router = WordRouter(EXPERTS)
-    residency = Residency({name: expert(name) for name in EXPERTS}, Arena(SHAPES, 64))
+    router = router or WordRouter(EXPERTS)
+    residency = Residency({name: expert(name) for name in router.experts}, Arena(SHAPES, 64))
     shelf = Shelf(Tray, sparse)
     arrows = Arrows(Quiver)
     metrics = Metrics(

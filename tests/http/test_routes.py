@@ -192,13 +192,16 @@ def test_traffic_of_an_expert_that_is_gone_once_went_to_the_others_or_to_its_nam
         assert experts("law") == []
         cards = {card["id"]: card for card in served.http.get("/v1/models").json()["data"]}
         assert cards["law"]["loramux"] == {"routable": False}
-        assert "loramux" not in cards["math"]
+        assert cards["math"]["loramux"] == {"routable": True, "route_from": "pool"}
+        assert served.metric("loramux_routable_experts") == 2
         assert served.chat("law", model="law").choices
         # Content that the router knows has its route back, under whatever name.
         post(served, "unload", lora_name="law")
         (folder.parent / "law").mkdir()
         (folder.parent / "law" / "ok").touch()
-        assert post(served, "load", lora_name="statutes", lora_path="law").json()["routable"] is True
+        back = post(served, "load", lora_name="statutes", lora_path="law").json()
+        assert (back["routable"], back["route_from"]) == (True, "pool")
+        assert served.metric("loramux_routable_experts") == 3
         assert experts("law law math") == [("statutes", 0.67), ("math", 0.33)]
 
 

@@ -31,7 +31,7 @@ def test_sparse_models_are_listed_with_their_kind(served: Served) -> None:
     assert list(cards) == ["auto", BASE, *EXPERTS, COE, MIX]
     assert (cards[MIX]["root"], cards[MIX]["parent"]) == (MIX, BASE)
     assert cards[MIX]["loramux"] == {"kind": "mixlora", "experts": 2, "rank": 4}
-    assert "loramux" not in cards["math"]
+    assert cards["math"]["loramux"] == {"routable": True, "route_from": "pool"}
     assert served.client.models.retrieve(COE).model_dump() == cards[COE]
 
 
