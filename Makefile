@@ -42,7 +42,7 @@ test-releases: $(TEST_STAMP)
 
 fuzz: $(TEST_STAMP)
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-5000} $(BIN)/pytest --timeout 0 tests/unit/adapters/test_differential.py \
-		--hypothesis-show-statistics $(ARGS)
+		tests/http/test_request_fuzz.py --hypothesis-show-statistics $(ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check $(CHECKED)

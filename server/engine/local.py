@@ -22,6 +22,7 @@ from loramux.server.engine.pages import Pages
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineError,
+    EngineExhausted,
     EngineOverloaded,
     EngineStats,
     Event,
@@ -309,15 +310,17 @@ class LocalEngine:
 
     def _fail(self, chunks: Items[Chunk], error: Exception) -> None:
         log.warning("a step failed: %s", error, exc_info=log.isEnabledFor(logging.DEBUG))
+        exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        kind = EngineExhausted if exhausted else EngineError
         for chunk in chunks:
-            self._drop(chunk.sequence, str(error) or type(error).__name__)
+            self._drop(chunk.sequence, str(error) or type(error).__name__, kind)
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
 
-    def _drop(self, sequence: Sequence, error: str) -> None:
+    def _drop(self, sequence: Sequence, error: str, kind: type[EngineError] = EngineError) -> None:
         self._scheduler.remove(sequence)
         sequence.finished = True
-        self._post(sequence, [EngineError(f"the generation step failed: {error}")])
+        self._post(sequence, [kind(f"the generation step failed: {error}")])
 
     def _count(self, chunks: Items[Chunk], seconds: float, hits: int) -> None:
         decodes = sum(chunk.length == 1 for chunk in chunks)

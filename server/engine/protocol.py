@@ -119,6 +119,10 @@ class EngineOverloaded(EngineError):
         self.retry_after = retry_after
 
 
+class EngineExhausted(EngineError):
+    """A step found no memory; its sequences have ended, and a later one may well find some."""
+
+
 class EngineClosed(EngineError):
     """The engine is not running (stopped, draining, or dead after a fatal error, which the message names)."""
 

@@ -1,7 +1,7 @@
 """Random requests near the edges of every field, derived from the wire models: a 4xx that names the field, or
 an answer of the right shape; never a 5xx.
 
-`LORAMUX_FUZZ_EXAMPLES` sets the number of examples of each property, 200 without it.
+`FUZZ_EXAMPLES` sets the number of examples of each property (`make fuzz`), 200 without it.
 """
 
 import json
@@ -29,7 +29,7 @@ from tests.http.serving import BASE, EXPERTS, TOKENIZER, Served, serving
 from tests.kit import ScriptedEngine
 from tests.tiny import Alone
 
-EXAMPLES = int(os.environ.get("LORAMUX_FUZZ_EXAMPLES", "200"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))
 FUZZ = settings(
     max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -67,10 +67,8 @@ def sampled(work: Work) -> Sequence[int]:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     pool: Path = tmp_path_factory.mktemp("pool")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("LORAMUX_FUZZ_EXAMPLES", raising=False)  # the server refuses names that are no setting
-        with serving(pool, engine=ScriptedEngine(sampled)) as running:
-            yield running
+    with serving(pool, engine=ScriptedEngine(sampled)) as running:
+        yield running
 
 
 def bounds(info: FieldInfo) -> list[Any]:

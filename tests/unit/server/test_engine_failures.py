@@ -14,6 +14,7 @@ from loramux.server.engine.attention import PagedAttention
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineError,
+    EngineExhausted,
     EngineOverloaded,
     Token,
 )
@@ -153,7 +154,7 @@ def test_memory_that_runs_out_fails_the_step_and_harms_nothing_else(
             if name == "prompt_scores" and when == "answer":
                 armed = False  # they are part of the prompt's steps only
             else:
-                with pytest.raises(EngineError, match="out of memory"):
+                with pytest.raises(EngineExhausted, match="out of memory"):
                     await rig.ask(prompt, {"a": 0.5}, prompt_logprobs=0)
             assert not armed
             assert rig.engine._scheduler.is_idle
