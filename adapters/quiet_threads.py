@@ -33,8 +33,14 @@ class QuietThreads:
 
     async def run(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call a function there and wait for what it returns or raises."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, partial(function, *args, **kwargs))
+        # Taken out by the thread: one that runs only in gaps may come to forget its last call much later, and
+        # would keep what it was given until then.
+        calls = [partial(function, *args, **kwargs)]
+
+        def call() -> R:
+            return calls.pop()()
+
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
 
 def _settle() -> None:
