@@ -52,6 +52,12 @@ def random_adapter(shapes: BaseShapes, rank: int, name: str, size: float = 0.15)
     return LoraAdapter(name, f"hash of {name} {torch.randint(2**31, ()).item()}", pairs)
 
 
+def random_experts(model: torch.nn.Module, ranks: Sequence[int]) -> list[LoraAdapter]:
+    """One for each rank, named a, b, c and so on."""
+    shapes = BaseShapes.from_model(model, "tiny")
+    return [random_adapter(shapes, rank, name) for rank, name in zip(ranks, "abcdefgh", strict=False)]
+
+
 def random_prompt(length: int) -> tuple[int, ...]:
     return tuple(torch.randint(3, VOCABULARY, (length,)).tolist())
 

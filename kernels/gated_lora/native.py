@@ -3,11 +3,11 @@
 import ctypes
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from loramux.kernels.compiled import compiled
 from loramux.kernels.gated_lora.blocks import RowBlock, row_blocks
 from loramux.kernels.gated_lora.form import Bound, BoundAll, bind_each
 from loramux.kernels.gated_lora.plan import BARE, Plan
@@ -47,17 +47,15 @@ class Call(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or `None` where the package was installed without a C++ compiler."""
-    for path in sorted(Path(__file__).parent.glob("_native*.so")):
-        # Torch is loaded first (this module imports it), so that both use one OpenMP and one team of threads.
-        found = ctypes.CDLL(str(path))
+    found = compiled(__file__)
+    if found is not None:
         for name in FUNCTIONS.values():
             function = getattr(found, name)
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
             function.restype = None
         found.gated_lora_tokens_f32.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64]
         found.gated_lora_tokens_f32.restype = None
-        return found
-    return None
+    return found
 
 
 class NativeForm:

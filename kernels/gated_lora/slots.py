@@ -122,43 +122,51 @@ class SlotTable:
         segments = tuple(segments)
         if segments == self._segments:  # slots compare by identity
             return
-        spans = self._spans(segments)
-        if self._copied is not None:
-            self._copied.synchronize()  # the last copy may still be reading the staging buffer
-        self._write_slots(list(spans))
-        self._write_tokens(list(spans.values()))
-        self._buffer.copy_(self._staging, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-        self._segments = segments  # also keeps the slots alive, so that equal ids mean equal slots
-        self.tokens = sum(length for _, length in segments)
-        self.is_bare = not spans
-
-    def _spans(
-        self, segments: Sequence[tuple[GateSlot | None, int]]
-    ) -> dict[GateSlot, list[tuple[int, int]]]:
-        """The token ranges of each slot, checked against the capacities."""
         spans: dict[GateSlot, list[tuple[int, int]]] = {}
-        start = 0
+        tokens = 0
         for slot, length in segments:
             if length < 0:
                 raise ValueError(f"a segment has {length} tokens")
             if slot is not None and length and slot.extents:
-                spans.setdefault(slot, []).append((start, start + length))
-            start += length
-        for what, needed, room in [
-            ("tokens", start, self.max_tokens),
-            ("slots", len(spans), self.max_slots),
-            ("rows in one slot", max((len(slot.gate) for slot in spans), default=0), self.max_rank),
-        ]:
-            if needed > room:
-                raise SlotCapacityError(f"the batch has {needed} {what}, the slot table has room for {room}")
+                spans.setdefault(slot, []).append((tokens, tokens + length))
+            tokens += length
+        self._check({"tokens": (tokens, self.max_tokens)} | self._needs(list(spans)))
         for slot in spans:
             if any(lo < 0 or hi > self.max_rows for lo, hi in slot.extents):
                 raise ValueError(
                     f"a slot has the rows {slot.extents}, the stacked factors have {self.max_rows}"
                 )
-        return spans
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy may still be reading what is staged
+        self._write(spans)
+        self._send()
+        if self._copied is not None:
+            self._copied.record()
+        self._segments = segments  # also keeps the slots alive, so that equal ids mean equal slots
+        self.tokens = tokens
+        self.is_bare = not spans
+
+    @staticmethod
+    def _check(needs: Mapping[str, tuple[int, int]]) -> None:
+        for what, (needed, room) in needs.items():
+            if needed > room:
+                raise SlotCapacityError(f"the batch has {needed} {what}, the slot table has room for {room}")
+
+    def _needs(self, slots: Sequence[GateSlot]) -> dict[str, tuple[int, int]]:
+        """What slots need, and how much of it there is."""
+        return {
+            "slots": (len(slots), self.max_slots),
+            "rows in one slot": (max((len(slot.gate) for slot in slots), default=0), self.max_rank),
+        }
+
+    def _write(self, spans: Mapping[GateSlot, Sequence[tuple[int, int]]]) -> None:
+        """Stage the slots, and the token ranges of each."""
+        self._write_slots(list(spans))
+        self._write_tokens(list(spans.values()))
+
+    def _send(self) -> None:
+        """Copy what is staged, on the current stream."""
+        self._buffer.copy_(self._staging, non_blocking=True)
 
     def _write_slots(self, slots: Sequence[GateSlot]) -> None:
         shape = (self.max_slots, self.max_rank)
@@ -211,59 +219,29 @@ class UnionTable(SlotTable):
         self.factors = torch.zeros(max_tokens, max_rank, dtype=torch.float32, device=device)
         super().__init__(max_tokens, 1, max_rank, max_rows, device)
 
-    def fill(self, segments: Sequence[tuple[GateSlot | None, int]]) -> None:
-        """As of a `SlotTable`; the rows of all slots together must be no more than `max_rank`."""
-        segments = tuple(segments)
-        if segments == self._segments:  # slots compare by identity
-            return
-        spans: list[tuple[int, int]] = []
-        tokens = 0
-        for slot, length in segments:
-            if length < 0:
-                raise ValueError(f"a segment has {length} tokens")
-            if slot is not None and length and slot.extents:
-                spans.append((tokens, tokens + length))
-            tokens += length
-        rows = union_rows([slot for slot, length in segments if slot is not None and length])
-        for what, needed, room in (("tokens", tokens, self.max_tokens), ("rows", len(rows), self.max_rank)):
-            if needed > room:
-                raise SlotCapacityError(f"the batch has {needed} {what}, the slot table has room for {room}")
-        if rows and (rows[0] < 0 or rows[-1] >= self.max_rows):
-            raise ValueError(
-                f"a slot has the rows {rows[0]} to {rows[-1]}, the stacked factors {self.max_rows}"
-            )
-        if self._copied is not None:
-            self._copied.synchronize()  # the last copies may still be reading the staging buffers
-        self._write_rows(rows)
-        self._write_tokens([spans] if spans else [])
-        self._write_factors(segments, {row: place for place, row in enumerate(rows)})
-        self._buffer.copy_(self._staging, non_blocking=True)
-        self.factors.copy_(self._staged, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record()
-        self._segments = segments
-        self.tokens = tokens
-        self.is_bare = not spans
+    def _needs(self, slots: Sequence[GateSlot]) -> dict[str, tuple[int, int]]:
+        return {"rows": (len(union_rows(slots)), self.max_rank)}
 
-    def _write_rows(self, rows: Sequence[int]) -> None:
-        host = self._host
+    def _write(self, spans: Mapping[GateSlot, Sequence[tuple[int, int]]]) -> None:
+        rows = union_rows(list(spans))
+        places = {row: place for place, row in enumerate(rows)}
+        host, factors = self._host, self._staged.numpy()
         host.ranks[0] = len(rows)
         host.rows.fill(-1)
         host.rows[: len(rows)] = rows
         host.gates.view(np.float32).fill(0)
         host.gates.view(np.float32)[: len(rows)] = 1
-
-    def _write_factors(
-        self, segments: Sequence[tuple[GateSlot | None, int]], places: Mapping[int, int]
-    ) -> None:
-        factors = self._staged.numpy()
         factors.fill(0)
-        start = 0
-        for slot, length in segments:
-            if slot is not None and length:
-                at = [places[row] for lo, hi in slot.extents for row in range(lo, hi)]
-                factors[start : start + length, at] = slot.gate.detach().cpu().numpy()
-            start += length
+        for slot, ranges in spans.items():
+            at = [places[row] for lo, hi in slot.extents for row in range(lo, hi)]
+            for start, stop in ranges:
+                factors[start:stop, at] = slot.gate.detach().cpu().numpy()
+        together = sorted(span for ranges in spans.values() for span in ranges)
+        self._write_tokens([together] if together else [])
+
+    def _send(self) -> None:
+        super()._send()
+        self.factors.copy_(self._staged, non_blocking=True)
 
 
 def union_rows(slots: Sequence[GateSlot]) -> list[int]:

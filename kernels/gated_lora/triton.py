@@ -108,8 +108,6 @@ def expand_(
     Raises:
         ValueError: shapes or dtypes do not fit together, or a row is not contiguous.
     """
-    if gate is not None:
-        _check_gate(gate, y.shape[0], table)
     expand_all_([y], hidden.unsqueeze(0), [b], table, gate)
 
 
@@ -135,6 +133,8 @@ def expand_all_(
         )
     if not hidden[0][0].is_contiguous():
         raise ValueError("a part of hidden is not contiguous")
+    if gate is not None:
+        _check_gate(gate, ys[0].shape[0], table)
     for at in range(0, len(ys), _MODULES):
         some = slice(at, at + _MODULES)
         expand_launch(ys[some], hidden[some], bs[some], table, gate).run()

@@ -132,25 +132,24 @@ def expand_kernel(
     rank = tl.load(ranks_ptr + slot)
     # The outputs of the modules lie one after another along this axis of the grid.
     block = tl.program_id(1)
+    module = 0
     y_ptr, b_ptr, n_out, stride_y, stride_b = y0_ptr, b0_ptr, n0, stride_y0, stride_b0
     if MODULES > 1:
-        end = (n0 + BLOCK_N - 1) // BLOCK_N
-        if block >= end:
-            block -= end
+        first = (n0 + BLOCK_N - 1) // BLOCK_N
+        if block >= first:
+            module, block = 1, block - first
             y_ptr, b_ptr, n_out, stride_y, stride_b = y1_ptr, b1_ptr, n1, stride_y1, stride_b1
-            hidden_ptr += stride_module
-            if MODULES > 2:
-                end = (n1 + BLOCK_N - 1) // BLOCK_N
-                if block >= end:
-                    block -= end
-                    y_ptr, b_ptr, n_out, stride_y, stride_b = y2_ptr, b2_ptr, n2, stride_y2, stride_b2
-                    hidden_ptr += stride_module
-                    if MODULES > 3:
-                        end = (n2 + BLOCK_N - 1) // BLOCK_N
-                        if block >= end:
-                            block -= end
-                            y_ptr, b_ptr, n_out, stride_y, stride_b = y3_ptr, b3_ptr, n3, stride_y3, stride_b3
-                            hidden_ptr += stride_module
+    if MODULES > 2:
+        second = (n1 + BLOCK_N - 1) // BLOCK_N
+        if module == 1 and block >= second:
+            module, block = 2, block - second
+            y_ptr, b_ptr, n_out, stride_y, stride_b = y2_ptr, b2_ptr, n2, stride_y2, stride_b2
+    if MODULES > 3:
+        third = (n2 + BLOCK_N - 1) // BLOCK_N
+        if module == 2 and block >= third:
+            module, block = 3, block - third
+            y_ptr, b_ptr, n_out, stride_y, stride_b = y3_ptr, b3_ptr, n3, stride_y3, stride_b3
+    hidden_ptr += module * stride_module
     t = tl.arange(0, BLOCK_T)
     in_t = t < tl.load(tiles_ptr + 3 * tile + 1)
     token = tl.load(order_ptr + tl.load(tiles_ptr + 3 * tile) + t, mask=in_t, other=0)

@@ -2,12 +2,12 @@
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from loramux.kernels.compiled import compiled
 from loramux.kernels.mixlora_ffn.activations import activation_code
 from loramux.kernels.mixlora_ffn.ffn import Experts, Ffn, Gated, Halves, Spread
 from loramux.kernels.mixlora_ffn.mixed import Mixed
@@ -37,13 +37,11 @@ class _Mix(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or `None` where the package was installed without a C++ compiler."""
-    for path in sorted(Path(__file__).parent.glob("_native*.so")):
-        # Torch is loaded first (this module imports it), so that both use one OpenMP and one team of threads.
-        found = ctypes.CDLL(str(path))
+    found = compiled(__file__)
+    if found is not None:
         found.mixlora_mix_f32.argtypes = [ctypes.c_void_p]
         found.mixlora_mix_f32.restype = None
-        return found
-    return None
+    return found
 
 
 def takes(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts) -> bool:

@@ -2,11 +2,11 @@
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from loramux.kernels.compiled import compiled
 from loramux.kernels.paged_attention.gathered import GatheredForm
 from loramux.kernels.paged_attention.rows import Rows, Scores
 
@@ -38,15 +38,13 @@ class _Layer(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled library, or `None` where the package was installed without a C++ compiler."""
-    for path in sorted(Path(__file__).parent.glob("_native*.so")):
-        # Torch is loaded first (this module imports it), so that both use one OpenMP and one team of threads.
-        found = ctypes.CDLL(str(path))
+    found = compiled(__file__)
+    if found is not None:
         for name in FUNCTIONS.values():
             function = getattr(found, name)
             function.argtypes = [ctypes.c_void_p] * 9
             function.restype = None
-        return found
-    return None
+    return found
 
 
 class NativeForm:

@@ -27,7 +27,8 @@ class Scores:
     tokens.
 
     Attributes:
-        sinks: [heads], a score of each head that takes its share of the softmax and has no value (gpt-oss).
+        sinks: float32 [heads], a score of each head that takes its share of the softmax and has no value
+            (gpt-oss).
     """
 
     scale: float

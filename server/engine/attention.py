@@ -55,6 +55,7 @@ class PagedAttention:
         self._count = 0
         self._slots: Tensor | None = None
         self._pieces: Items[Piece] = ()
+        self._places: dict[tuple[int, int | None], slice | Tensor] = {}
 
     def attach(self, model: nn.Module) -> None:
         """Let every layer of the model find this cache."""
@@ -82,6 +83,7 @@ class PagedAttention:
     def plan(self, rows: Rows | None, slots: Tensor | None = None, pieces: Items[Piece] = ()) -> None:
         """The next step: single tokens first, then pieces of prompts, which go to `slots`."""
         self._rows, self._slots, self._pieces = rows, slots, pieces
+        self._places.clear()
         self._count = 0 if rows is None else rows.lengths.shape[0]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
@@ -98,10 +100,10 @@ class PagedAttention:
             mine = (query[:count], key[:count], value[:count])
             out[:count] = self._form.attend(*mine, keys, values, self._rows, scores)
         store_(keys, values, key[count:], value[count:], self._slots)
-        for piece in self._pieces:
+        for number, piece in enumerate(self._pieces):
             at = piece.tokens
             if piece.start:
-                sides = self._taken(keys, piece, scores), self._taken(values, piece, scores)
+                sides = self._taken(number, keys, scores.window), self._taken(number, values, scores.window)
             else:  # a prompt from its first token on needs nothing from the cache
                 sides = key[at], value[at]
             out[at] = prompt_attention(query[at], *sides, scores)
@@ -113,6 +115,7 @@ class PagedAttention:
         if found is None:
             sinks = options.get("s_aux")
             sinks = getattr(module, "sinks", None) if sinks is None else sinks
+            sinks = None if sinks is None else sinks.float()
             found = Scores(scale, options.get("sliding_window"), options.get("softcap"), sinks)
             self._scores[layer] = found
         return found
@@ -128,16 +131,26 @@ class PagedAttention:
         self._layers[layer] = pair = (made[0], made[1])
         return pair
 
-    def _taken(self, cache: Tensor, piece: Piece, scores: Scores) -> Tensor:
+    def _taken(self, number: int, cache: Tensor, window: int | None) -> Tensor:
         """All of a sequence's tokens that a piece may see, [n, kv heads, dim]; a view where its pages are
         neighbours."""
-        first = 0 if scores.window is None else max(0, piece.start - scores.window) // self.page_size
-        pages = piece.pages[first : -(-piece.end // self.page_size)]
+        piece = self._pieces[number]
+        first = self._first_page(piece, window)
         count = piece.end - first * self.page_size
-        if pages[-1] - pages[0] == len(pages) - 1 and all(b - a == 1 for a, b in pairwise(pages)):
-            begin = pages[0] * self.page_size
-            return cache.view(-1, *cache.shape[2:])[begin : begin + count]
-        return cache[torch.tensor(pages, device=cache.device)].flatten(0, 1)[:count]
+        place = self._places.get((number, window))
+        if place is None:  # the same in every layer of this window
+            place = self._places[number, window] = self._place(piece, first)
+        return cache[place].flatten(0, 1)[:count]
+
+    def _first_page(self, piece: Piece, window: int | None) -> int:
+        return 0 if window is None else max(0, piece.start - window) // self.page_size
+
+    def _place(self, piece: Piece, first: int) -> slice | Tensor:
+        """Where a sequence's pages lie, from its page `first` on."""
+        pages = piece.pages[first : -(-piece.end // self.page_size)]
+        if all(after - before == 1 for before, after in pairwise(pages)):
+            return slice(pages[0], pages[-1] + 1)
+        return torch.tensor(pages, device=self._device)
 
 
 def paged_attention(

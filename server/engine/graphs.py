@@ -1,5 +1,6 @@
 """Decode steps as CUDA graphs: one launch in place of the thousands that a step is made of."""
 
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from weakref import WeakKeyDictionary
@@ -15,6 +16,8 @@ from loramux.kernels.gated_lora.slots import SlotCapacityError, UnionTable
 from loramux.server.engine.attention import PagedAttention
 from loramux.server.engine.inputs import StepInputs
 from loramux.server.engine.sampler import TRIES, draw_captured
+
+log = logging.getLogger("loramux")
 
 #: Rows of the arena that the blends of a captured step may use together; of more, a step runs uncaptured.
 MOST_ROWS = 1024
@@ -54,8 +57,7 @@ class StepGraphs:
         self._sizes = buckets(max_running)
         self._device = layers.arena.device
         self._on_cuda = self._device.type == "cuda"
-        rows = layers.arena.rows
-        self._rank = min(rows, MOST_ROWS)
+        self._rank = min(layers.arena.rows, MOST_ROWS)
         self._logits = torch.zeros(max_running, vocabulary, dtype=torch.float32, device=self._device)
         self._best = torch.zeros(max_running, dtype=torch.int64, device=self._device)
         self._pool = torch.cuda.graph_pool_handle() if self._on_cuda else None
@@ -69,7 +71,7 @@ class StepGraphs:
         self._sparse: WeakKeyDictionary[TokenSlot, dict[int, Step | None]] = WeakKeyDictionary()
 
     @torch.inference_mode()
-    def capture(self, progress: Callable[[str], None]) -> None:
+    def capture(self) -> None:
         """Capture all sizes, the largest first, so that the smaller ones find room in its memory."""
         self._pad(0, 1)
         self._inputs.send()
@@ -86,8 +88,8 @@ class StepGraphs:
                 self._steps[size, True] = self._captured(self._step(size, Plan(table=table)))
         if self._on_cuda:
             taken = (torch.cuda.memory_reserved(self._device) - before) / 2**20
-            progress(
-                f"captured {len(self._steps)} steps of up to {self._sizes[-1]} sequences: {taken:.0f} MiB"
+            log.info(
+                "captured %d steps of up to %d sequences: %.0f MiB", len(self._steps), self._sizes[-1], taken
             )
 
     def replay(self, slots: Items[tuple[Slot | None, int]]) -> tuple[Tensor, Tensor] | None:

@@ -1,7 +1,6 @@
 """Runs a step: the model over the step's tokens, with the adapters of each sequence."""
 
 import inspect
-import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from loramux.server.engine.graphs import StepGraphs
 from loramux.server.engine.inputs import StepInputs
 from loramux.server.engine.sampler import CapturedDraw
 from loramux.server.engine.scheduler import Chunk
-
-log = logging.getLogger("loramux")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -63,25 +60,22 @@ class Runner:
         self._layers = layers
         self._paged = PagedAttention(pages, page_size, model.dtype, model.device)
         self._inputs = StepInputs(max_tokens, max_running, -(-max_context // page_size), model.device)
-        self._vocabulary = _outputs(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._before = model.config._attn_implementation
-        self._plan_key: tuple[tuple[int, int], ...] = ()
         self._plan_slots: list[tuple[Slot | None, int]] = []
         self._plan = BARE
         self._graphs: StepGraphs | None = None
-        self._wants_graphs = graphs
-        self._max_running = max_running
+        if graphs:
+            self._graphs = StepGraphs(
+                self._forward, self._inputs, self._paged, layers, _outputs(model), max_running
+            )
 
-    def start(self, progress: Callable[[str], None] = log.info) -> None:
+    def start(self) -> None:
         """Take the model, and capture its decode steps where that was asked for."""
         self._model.set_attn_implementation(PAGED)
         self._paged.attach(self._model)
-        if self._wants_graphs:
-            self._graphs = StepGraphs(
-                self._forward, self._inputs, self._paged, self._layers, self._vocabulary, self._max_running
-            )
-            self._graphs.capture(progress)
+        if self._graphs is not None:
+            self._graphs.capture()
 
     def stop(self) -> None:
         """Give the model back as it was."""
@@ -181,10 +175,8 @@ class Runner:
 
     def _plan_for(self, slots: list[tuple[Slot | None, int]]) -> Plan:
         """The plan of this step; a decode step over the same sequences as the last one reuses its plan."""
-        key = tuple((id(slot), length) for slot, length in slots)
-        if key != self._plan_key:
-            self._plan, self._plan_key = plan_step(slots), key
-            self._plan_slots = slots  # keeps the slots alive, so that an id in the key cannot be reused
+        if slots != self._plan_slots:  # slots compare by identity
+            self._plan, self._plan_slots = plan_step(slots), slots
         return self._plan
 
 

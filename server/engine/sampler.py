@@ -245,9 +245,8 @@ class Sampler:
     """Chooses the next tokens of a step."""
 
     def __init__(self) -> None:
-        self._key: tuple[int, ...] = ()
         self._draws: Draws | None = None
-        self._kept: Items[Sequence] = ()
+        self._drawn: Items[Sequence] = ()
 
     def choose(
         self,
@@ -316,11 +315,10 @@ class Sampler:
 
     def _parameters(self, sequences: Items[Sequence], logits: Tensor) -> Draws:
         """Those of the last step, if it had the same sequences."""
-        key = tuple(id(sequence.work) for sequence in sequences)
-        if self._draws is None or key != self._key:
+        if self._draws is None or sequences != self._drawn:  # sequences compare by identity
             samplings = [sequence.work.sampling for sequence in sequences]
             self._draws = Draws.of(samplings, logits.shape[-1], logits.device)
-            self._key, self._kept = key, sequences  # kept alive, so that an id in the key cannot be reused
+            self._drawn = sequences
         return self._draws
 
 

@@ -10,7 +10,7 @@ from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.residency import Handle
 from loramux.adapters.sparse.slot import place
 from loramux.server.engine.protocol import Sampling, Token, Work
-from tests.tiny import Rig, greedy, random_adapter, random_prompt, running, tiny_llama, with_delta
+from tests.tiny import Rig, greedy, random_experts, random_prompt, running, tiny_llama, with_delta
 from tests.unit.adapters.sparse.random_models import loracoe, loramoe, mixlora
 
 pytestmark = [
@@ -23,8 +23,7 @@ MIXTURES: list[dict[str, float]] = [{}, {"a": 1.0}, {"b": 0.7, "c": 0.3}, {"a": 
 
 def test_captured_steps_say_what_generate_says() -> None:
     model = tiny_llama()
-    shapes = BaseShapes.from_model(model, "tiny")
-    experts = [random_adapter(shapes, rank, name) for rank, name in ((4, "a"), (8, "b"), (3, "c"))]
+    experts = random_experts(model, (4, 8, 3))
     by_name = {expert.id: expert for expert in experts}
     jobs = [(random_prompt(3 + 11 * i), MIXTURES[i % 4]) for i in range(11)]
     expected = [

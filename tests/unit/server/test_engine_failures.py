@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from loramux.adapters.base_shapes import BaseShapes
 from loramux.server.engine import local
 from loramux.server.engine.attention import PagedAttention
 from loramux.server.engine.protocol import (
@@ -20,17 +19,12 @@ from loramux.server.engine.protocol import (
 )
 from loramux.server.engine.runner import Runner
 from loramux.server.engine.sampler import Sampler
-from tests.tiny import random_adapter, random_prompt, running, tiny_llama
-
-
-def make_experts(model: torch.nn.Module, ranks: tuple[int, ...]) -> list[Any]:
-    shapes = BaseShapes.from_model(model, "tiny")
-    return [random_adapter(shapes, rank, name) for rank, name in zip(ranks, "abcdefgh", strict=False)]
+from tests.tiny import random_experts, random_prompt, running, tiny_llama
 
 
 def test_leaving_frees_the_adapter_only_after_the_last_step_that_uses_it() -> None:
     model = tiny_llama()
-    experts = make_experts(model, (4,))
+    experts = random_experts(model, (4,))
 
     async def scenario() -> None:
         async with running(model, experts) as rig:
@@ -130,7 +124,7 @@ def test_memory_that_runs_out_fails_the_step_and_harms_nothing_else(
     monkeypatch: pytest.MonkeyPatch, stage: str, owner: Any, name: str, when: str
 ) -> None:
     model = tiny_llama()
-    experts = make_experts(model, (4,))
+    experts = random_experts(model, (4,))
     prompt = random_prompt(21)
     original = getattr(owner, name)
     calls = 0

@@ -9,10 +9,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from loramux.adapters.base_shapes import BaseShapes
 from loramux.server.engine.model import BaseModelError
 from loramux.server.engine.protocol import EngineError
-from tests.tiny import VOCABULARY, Answer, greedy, random_adapter, random_prompt, running, with_delta
+from tests.tiny import VOCABULARY, Answer, greedy, random_experts, random_prompt, running, with_delta
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -155,8 +154,7 @@ def generated(model: PreTrainedModel, prompt: tuple[int, ...], tokens: int) -> t
 @pytest.mark.parametrize("family", SERVED)
 def test_a_family_says_what_generate_says(family: str) -> None:
     model = make(*SERVED[family])
-    shapes = BaseShapes.from_model(model, "tiny")
-    experts = [random_adapter(shapes, 4, name) for name in "ab"]
+    experts = random_experts(model, (4, 4))
     prompts = [random_prompt(length) for length in (4, 30, 100)]
     expected = [generated(model, prompt, 16) for prompt in prompts]
     summed = with_delta(model, [(experts[0], 0.5), (experts[1], 0.5)])

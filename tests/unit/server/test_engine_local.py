@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from loramux.adapters.base_shapes import BaseShapes
 from loramux.kernels.gated_lora.tabled import TabledForm
 from loramux.server.engine.graphs import StepGraphs
 from loramux.server.engine.protocol import (
@@ -14,20 +13,14 @@ from loramux.server.engine.protocol import (
     PromptScored,
     Started,
 )
-from tests.tiny import greedy, random_adapter, random_prompt, running, tiny_llama, with_delta
-
-
-def make_experts(model: torch.nn.Module, ranks: tuple[int, ...]) -> list[Any]:
-    shapes = BaseShapes.from_model(model, "tiny")
-    return [random_adapter(shapes, rank, name) for rank, name in zip(ranks, "abcdefgh", strict=False)]
-
+from tests.tiny import greedy, random_experts, random_prompt, running, tiny_llama, with_delta
 
 MIXTURES = [{}, {"a": 1.0}, {"b": 0.7, "c": 0.3}, {"a": 0.5, "b": 0.25, "c": 0.25}, {"c": -0.6, "a": 1.4}]
 
 
 def test_each_mixture_says_what_the_dense_sum_says() -> None:
     model = tiny_llama()
-    experts = make_experts(model, (4, 8, 3))
+    experts = random_experts(model, (4, 8, 3))
     by_name = {expert.id: expert for expert in experts}
     prompts = [random_prompt(n) for n in (1, 5, 17, 70, 33)]
     expected = [
@@ -46,7 +39,7 @@ def test_each_mixture_says_what_the_dense_sum_says() -> None:
 def test_sixteen_concurrent_streams_equal_their_isolated_runs(prefix_sharing: bool) -> None:
     """Half of them share one prompt under different blends, the case in which shared KV would contaminate."""
     model = tiny_llama()
-    experts = make_experts(model, (4, 8, 3))
+    experts = random_experts(model, (4, 8, 3))
     shared = random_prompt(40)
     jobs = [(shared if i % 2 else random_prompt(3 + 7 * i), MIXTURES[i % 5]) for i in range(16)]
 
@@ -71,7 +64,7 @@ def test_captured_steps_say_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) 
     """Here the capture is off and the rest is on: fixed buffers, padding, tables that are filled before a
     step."""
     model = tiny_llama()
-    experts = make_experts(model, (4, 8, 3))
+    experts = random_experts(model, (4, 8, 3))
     jobs = [(random_prompt(2 + 5 * i), MIXTURES[i % 5], 5 + 3 * i) for i in range(9)]
     kinds: list[dict[str, Any]] = [{}, {"temperature": 0.9, "top_p": 0.8}, {"temperature": 1.2, "top_k": 9}]
     replays: list[bool] = []
@@ -109,7 +102,7 @@ def test_captured_steps_say_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) 
 
 def test_prefixes_are_shared_within_a_blend_and_never_across() -> None:
     model = tiny_llama()
-    experts = make_experts(model, (4, 4))
+    experts = random_experts(model, (4, 4))
     prompt = random_prompt(41)
 
     async def cached(rig: Any, mixture: dict[str, float]) -> int:
@@ -127,7 +120,7 @@ def test_prefixes_are_shared_within_a_blend_and_never_across() -> None:
 
 def test_a_seeded_request_draws_the_same_tokens_alone_and_in_a_batch() -> None:
     model = tiny_llama()
-    experts = make_experts(model, (4, 8, 3))
+    experts = random_experts(model, (4, 8, 3))
     prompt = random_prompt(20)
     options = {"temperature": 1.3, "top_p": 0.95, "top_k": 40, "seed": 77, "max_tokens": 40}
 
@@ -185,7 +178,7 @@ def test_log_probabilities_of_the_answer_are_the_models() -> None:
 
 def test_a_cache_too_small_for_all_takes_turns_and_changes_nothing() -> None:
     model = tiny_llama()
-    experts = make_experts(model, (4, 8, 3))
+    experts = random_experts(model, (4, 8, 3))
     jobs = [(random_prompt(20 + i), MIXTURES[i % 5]) for i in range(8)]
 
     async def scenario(kv_tokens: int) -> list[list[int]]:
