@@ -31,7 +31,7 @@ _FOREIGN = (
     (r"lora_[AB]\.(.*\.)?bias$", "it is a bias on a LoRA factor"),
     (r"\.bias$", "it is a trained bias of the base"),
     (r"lm_head\.base_layer", "its lm_head is the output head, which is not served, tied or not"),
-    (r"embed|lm_head|base_layer", "it is a weight of the base, saved along with the adapter"),
+    (r"embed|lm_head|base_layer", "it is a weight of the base, and not known to equal the base's own"),
 )
 
 
@@ -128,6 +128,8 @@ class _TensorFile:
         for key in self.file.keys():  # noqa: SIM118 - a file, not a dict
             match = _KEY.fullmatch(key)
             if match is None:
+                if self._is_of_base(key):
+                    continue
                 raise self._foreign(key)
             sides = keys.setdefault(match["module"], {})
             if match["side"] in sides:
@@ -210,6 +212,15 @@ class _TensorFile:
         if not torch.isfinite(target).all():
             narrowed = f" after conversion to {target.dtype}" if torch.isfinite(source).all() else ""
             raise AdapterFormatError(f"{self.path}: {key} holds NaN or infinity{narrowed}")
+
+    def _is_of_base(self, key: str) -> bool:
+        """Whether it is an embedding that was saved along and that training has not changed.
+
+        PEFT saves them with `save_embedding_layers`, which is also what it chooses for some vocabularies.
+        """
+        name = key.removeprefix("base_model.model.")
+        weights = self.base.weights
+        return name != key and weights is not None and weights.equal(name, self.file.get_slice(key))
 
     def _foreign(self, key: str) -> UnsupportedAdapterError:
         reason = next((why for pattern, why in _FOREIGN if re.search(pattern, key)), "it is no LoRA factor")

@@ -84,7 +84,8 @@ class Blueprint:
 
     def shapes(self, id: str) -> BaseShapes:
         """Its linear modules."""
-        return BaseShapes.from_model(self._model, id)
+        config = cached_file(self._location, "config.json", local_files_only=True)
+        return BaseShapes.from_model(self._model, id, folder=Path(config).parent)
 
     @property
     def parameters(self) -> int:
