@@ -18,7 +18,8 @@ from loramux.adapters.blend import Blend
 @dataclass
 class Bench:
     """`context` and `tokens` are the lengths of prompts and answers where a scenario leaves them open;
-    `repeats` is how many values a median is taken of; `progress` is told what is being measured."""
+    `repeats` is how many values a median is taken of; `progress` is told what is being measured; the base's
+    `quantization` is the shape's on CUDA and none on a CPU where it is not given."""
 
     shape: Shape
     repeats: int
@@ -27,6 +28,7 @@ class Bench:
     device: str = "cpu"
     context: int = 256
     tokens: int = 64
+    quantization: str | None = None
     _rig: Rig | None = field(default=None, init=False)
     _folder: Path | None = field(default=None, init=False)
 
@@ -49,7 +51,7 @@ class Bench:
         return self._folder
 
     async def rig(self) -> Rig:
-        """The engine with its pool: compared with isolated runs and a dense sum, every expert resident.
+        """The engine with its pool: compared with isolated runs and with float64, every expert resident.
 
         Raises:
             Wrong: it computes something else.
@@ -58,16 +60,17 @@ class Bench:
             folder = self.folder
             self.progress("loading the base, checking the engine")
             cuda = self.device == "cuda"
+            quantization = self.quantization or (self.shape.quantization if cuda else "none")
             making = running(
                 folder,
                 self.shape,
-                dtype="bfloat16" if cuda else "float32",
-                quantization=self.shape.quantization if cuda else "none",
+                dtype="float32" if quantization == "none" and not cuda else "bfloat16",
+                quantization=quantization,
                 device=self.device,
             )
             rig = await self.stack.enter_async_context(making)
-            # No dense sum can be added into 4-bit weights; tests/kernels compare the operator itself there.
-            await oracle.check(rig, None if cuda else folder)
+            # Weights in 4 bits are judged as they are; a checkpoint has others.
+            await oracle.check(rig, folder if quantization == "none" else None)
             await rig.drive([rig.mixture(number) for number in range(8)], prompt=16, tokens=2)
             await rig.drive([Blend.bare()], prompt=16, tokens=2)
             self._rig = rig

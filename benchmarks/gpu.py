@@ -39,7 +39,7 @@ class OneLayer(nn.Module):
 class Operator:
     """A layer with one expert a request, and the same layer bare."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, device: str = "cuda") -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: str) -> None:
         self.model = model = OneLayer(shape.hidden, dtype, device)
         self.bare: nn.Module = model.proj
         shapes = BaseShapes.from_model(model, shape.name)
@@ -76,7 +76,7 @@ async def gated_lora(bench: Bench) -> Result:
     for dtype, tolerance in TOLERANCE.items():
         name = str(dtype).removeprefix("torch.")
         bench.progress(name)
-        operator = Operator(bench.shape, dtype)
+        operator = Operator(bench.shape, dtype, bench.device)
         error = operator.error()
         if not error <= tolerance:
             raise Wrong(f"gated_lora in {name} is off by {error:.1e} > {tolerance:.0e}; nothing was timed")
@@ -114,8 +114,8 @@ async def decode_nf4(bench: Bench) -> Result:
     rig = await bench.rig()
     found = await alternate(
         {
-            "base": case(rig, bare(REQUESTS), prompt=32, tokens=64),
-            "16 blends": case(rig, distinct(rig, REQUESTS, 16), prompt=32, tokens=64),
+            "base": case(rig, bare(REQUESTS), prompt=32, tokens=bench.tokens),
+            "16 blends": case(rig, distinct(rig, REQUESTS, 16), prompt=32, tokens=bench.tokens),
         },
         max(1, 2 * bench.repeats - 1),
         bench.progress,
@@ -140,7 +140,8 @@ async def merge_exact(bench: Bench) -> Result:
         modules |= {f"{path}.mlp.{name}_proj": (ffn, wide) for name in ("gate", "up")}
         modules[f"{path}.mlp.down_proj"] = (wide, ffn)
     shapes = BaseShapes(bench.shape.name, modules)
-    experts = [_on_device(random_adapter(shapes, bench.shape.rank, f"e{n}", SPREAD)) for n in range(3)]
+    made = [random_adapter(shapes, bench.shape.rank, f"e{n}", SPREAD) for n in range(3)]
+    experts = [_on_device(adapter, bench.device) for adapter in made]
     parts = list(zip(experts, WEIGHTS, strict=True))
     probe = next(iter(modules))
     wanted = torch.stack([weight * expert.delta(probe) for expert, weight in parts]).sum(dim=0)
@@ -153,9 +154,9 @@ async def merge_exact(bench: Bench) -> Result:
     return result
 
 
-def _on_device(adapter: LoraAdapter) -> LoraAdapter:
+def _on_device(adapter: LoraAdapter, device: str) -> LoraAdapter:
     pairs = {
-        module: LoraPair(pair.a.to("cuda", torch.bfloat16), pair.b.to("cuda", torch.bfloat16), pair.scale)
+        module: LoraPair(pair.a.to(device, torch.bfloat16), pair.b.to(device, torch.bfloat16), pair.scale)
         for module, pair in adapter.pairs.items()
     }
     return LoraAdapter(adapter.id, adapter.content_hash, pairs)

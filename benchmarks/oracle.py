@@ -1,22 +1,25 @@
-"""Nothing is timed before it is right: the engine's log-probabilities against runs alone and against
-transformers on a base with the experts' deltas added into its weights."""
+"""Nothing is timed before it is right: the engine's log-probabilities against runs alone and float64."""
 
 import asyncio
+import math
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
+from benchmarks.judge import Judge
 from benchmarks.rig import Rig
 from loramux.adapters.blend import Blend
 from loramux.server.engine.protocol import Sampling
-from tests.tiny import with_delta
 
-#: Nats between two ways of computing one log-probability.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 TOKENS = 8
+#: Of the six requests of the mixed batch: the bare base and two blends.
+JUDGED = 3
+#: The engine's rounding, of that of an ordinary run: two samples of one spread differ by less.
+TIMES_ROUNDING = 3.0
+#: Nats; in float32 the order of a sum is all there is.
+LEAST_BOUND = 1e-4
 
 
 class Wrong(SystemExit):
@@ -36,42 +39,53 @@ async def scores(rig: Rig, prompt: Sequence[int], blend: Blend, answer: int) -> 
 
 
 async def check(rig: Rig, folder: Path | None) -> None:
-    """A mixed batch says what its requests say alone, and a blend what its dense sum says.
+    """A mixed batch says what its requests say alone, and both what float64 says of them.
+
+    How far from float64 they may be is measured: by what an ordinary run of transformers in the served type
+    is off, for the same answers. Whatever the size of the base, what is left to the engine is rounding.
 
     Args:
         rig: with a pool.
-        folder: the base's checkpoint, for the dense sum; `None` leaves that out.
+        folder: the base's checkpoint, where the served weights are packed or to be checked too; `None` takes
+            the served ones.
 
     Raises:
-        Wrong: it does not.
+        Wrong: it does not, or the blends change too little to be told from rounding.
     """
-    tolerance = TOLERANCE[rig.model.dtype]
     blends = [rig.mixture(number) if number % 3 else Blend.bare() for number in range(6)]
     jobs = [(rig.prompt(9 + 7 * number), blend, 7 + number) for number, blend in enumerate(blends)]
     alone = [await scores(rig, *job) for job in jobs]
-    together = await asyncio.gather(*(scores(rig, *job) for job in jobs))
-    _compare("a mixed batch and its isolated runs", list(together), alone, tolerance)
+    together = list(await asyncio.gather(*(scores(rig, *job) for job in jobs)))
+    source = rig.model
     if folder is not None:
-        prompt, blend, answer = jobs[1]
-        judge = AutoModelForCausalLM.from_pretrained(folder, dtype=rig.model.dtype).eval()
-        parts = [(rig.residency.experts[part.expert_id], part.weight) for part in blend.parts]
-        dense = _teacher_forced(with_delta(judge, parts), prompt, answer)
-        _compare("a blend and its dense sum", [alone[1]], [dense], tolerance)
-        bare = _teacher_forced(judge, prompt, answer)
-        if max(abs(a - b) for a, b in zip(bare, dense, strict=True)) < 3 * tolerance:
-            raise Wrong("the blend changes too little to be judged; nothing was timed")
+        source = AutoModelForCausalLM.from_pretrained(folder, dtype=rig.model.dtype).to(rig.model.device)
+    exact, ordinary = Judge(source, torch.float64), Judge(source, rig.model.dtype)
+    judged = jobs[:JUDGED]
+    wanted = [_judge(exact, rig, *job) for job in judged]
+    rounding = _gap([_judge(ordinary, rig, *job) for job in judged], wanted)
+    bound = max(LEAST_BOUND, TIMES_ROUNDING * rounding)
+    _compare("isolated runs and float64", alone[:JUDGED], wanted, bound)
+    _compare("a mixed batch and float64", together[:JUDGED], wanted, bound)
+    _compare("a mixed batch and its isolated runs", together, alone, 2 * bound)
+    prompt, _, answer = judged[1]
+    bare = _judge(exact, rig, prompt, Blend.bare(), answer)
+    if (effect := _gap([bare], [wanted[1]])) < 2 * bound:
+        raise Wrong(
+            f"the blend changes {effect:.1e} nats, too little to be judged to {bound:.1e}; nothing was timed"
+        )
 
 
-@torch.no_grad()
-def _teacher_forced(model: PreTrainedModel, prompt: Sequence[int], answer: int) -> list[float]:
-    tokens = torch.tensor([[*prompt, *[answer] * (TOKENS - 1)]])
-    logits = model(tokens).logits[0, len(prompt) - 1 :].float()
-    found: list[float] = logits.log_softmax(dim=-1)[:, answer].tolist()
-    return found
+def _judge(judge: Judge, rig: Rig, prompt: Sequence[int], blend: Blend, answer: int) -> list[float]:
+    parts = [(rig.residency.experts[part.expert_id], part.weight) for part in blend.parts]
+    return judge.scores(prompt, [answer] * TOKENS, parts)
 
 
-def _compare(what: str, found: list[list[float]], wanted: list[list[float]], tolerance: float) -> None:
-    pairs = zip(chain.from_iterable(found), chain.from_iterable(wanted), strict=True)
-    gap = max(abs(a - b) for a, b in pairs)
-    if not gap <= tolerance:
-        raise Wrong(f"{what} differ by {gap:.1e} > {tolerance:.0e} nats; nothing was timed")
+def _gap(found: list[list[float]], wanted: list[list[float]]) -> float:
+    """The largest root mean square, over the tokens of an answer, of the difference."""
+    pairs = zip(found, wanted, strict=True)
+    return max(math.dist(one, other) / math.sqrt(len(other)) for one, other in pairs)
+
+
+def _compare(what: str, found: list[list[float]], wanted: list[list[float]], bound: float) -> None:
+    if not (gap := _gap(found, wanted)) <= bound:
+        raise Wrong(f"{what} differ by {gap:.1e} > {bound:.1e} nats; nothing was timed")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from benchmarks.shapes import SPREAD, Shape
+from benchmarks.shapes import EXPERT_SPREAD, Shape
 from loramux.adapters.arena import Arena
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.blend import Blend
@@ -163,7 +163,9 @@ async def running(
     pack_linears(model)
     shapes = BaseShapes.from_model(model, shape.name)
     if pool:
-        experts = {f"e{n}": random_adapter(shapes, shape.rank, f"e{n}", SPREAD) for n in range(shape.experts)}
+        experts = {
+            f"e{n}": random_adapter(shapes, shape.rank, f"e{n}", EXPERT_SPREAD) for n in range(shape.experts)
+        }
         rows = (2 * shape.experts + 16) * shape.rank
         arena = Arena(shapes, rows, dtype=model.dtype, device=model.device)
         layers = AdapterLayers(model, arena)

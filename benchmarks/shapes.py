@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 CONTEXT = 2048
 SHARD_BYTES = 2**31
 SPREAD = 0.02
+# Of the factors of an expert: what it changes is told from the rounding of 16 bits.
+EXPERT_SPREAD = 0.04
 
 
 @dataclass(frozen=True)

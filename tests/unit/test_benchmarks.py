@@ -157,7 +157,7 @@ def test_nothing_is_timed_when_the_engine_is_wrong(tmp_path: Path) -> None:
     async def check() -> None:
         async with rig.running(served, shape) as running:
             await oracle.check(running, served)
-            with pytest.raises(oracle.Wrong, match="dense sum differ"):
+            with pytest.raises(oracle.Wrong, match="runs and float64 differ"):
                 await oracle.check(running, other)
 
     asyncio.run(check())
@@ -226,3 +226,27 @@ def test_the_steps_of_a_device_run_on_a_cpu_too() -> None:
         for kind in ("one blend", "a blend each", "base, sampled", "MixLoRA", "LoRACoE", "LoRAMoE"):
             assert f"{requests}, {kind}: of base" in values
     assert values["16 requests, base: device busy"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("scenario", "promised"),
+    [
+        ("gated_lora", "bfloat16: with experts, of bare"),
+        ("decode_nf4", "16 requests, 16 blends: of base"),
+        ("merge_exact", "exact merge of 3 experts"),
+    ],
+)
+def test_the_other_scenarios_of_a_device_run_on_a_cpu_too(
+    scenario: str, promised: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu, bench, shapes = (importlib.import_module(f"benchmarks.{n}") for n in ("gpu", "bench", "shapes"))
+    monkeypatch.setattr(gpu, "CALLS", 2)
+
+    async def run() -> Any:
+        async with AsyncExitStack() as stack:
+            made = bench.Bench(shapes.SHAPES["tiny"], 1, stack, lambda _: None, tokens=3, quantization="nf4")
+            return await getattr(gpu, scenario)(made)
+
+    values = {line.what: line.median for line in asyncio.run(run()).lines}
+    assert promised in values
+    assert all(math.isfinite(value) and value > 0 for value in values.values()), values
