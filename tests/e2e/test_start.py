@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx
@@ -28,6 +29,36 @@ def test_sigterm_ends_the_process_cleanly() -> None:
         assert httpx.get(f"{server.url}/ready").status_code == 200
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0
+
+
+# The command, with a device that is lost once the server is ready.
+LOST_DEVICE = """
+from loramux.server.cli import main
+from loramux.server.engine.local import LocalEngine
+from loramux.server.engine.scheduler import Scheduler
+
+def lost(scheduler):
+    raise RuntimeError("the device is gone")
+
+async def start(engine, start=LocalEngine.start):
+    await start(engine)
+    Scheduler.next = lost
+
+LocalEngine.start = start
+main()
+"""
+
+
+def test_an_engine_that_dies_ends_the_process_with_an_error() -> None:
+    """So that a supervisor starts it again: a health check alone would leave it running for nobody."""
+    with serving(command=[sys.executable, "-c", LOST_DEVICE]) as server:
+        asked = {"model": "auto", "messages": QUESTION, "max_tokens": 4}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60)
+        assert answer.status_code in (500, 503)
+        assert server.process.wait(60) == 1
+        assert server.process.stderr is not None
+        said = server.process.stderr.read().strip().splitlines()
+        assert "stopped, because the engine died: the device is gone" in said[-1]
 
 
 def damaged(pool: Path, name: str, how: str) -> None:
