@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from loramux.adapters.training.errors import OptionError, RowError
@@ -15,11 +15,15 @@ _FIELDS = ("instruction", "input", "output")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example: a task, optional material for it, and the answer wanted."""
+    """One example: a task, optional material for it, and the answer wanted.
+
+    `domain` is what its file says that it belongs to; nothing but names is made of it.
+    """
 
     instruction: str
     input: str
     output: str
+    domain: str = field(default="", compare=False)
 
 
 def user_text(row: Row) -> str:
@@ -71,12 +75,13 @@ def _parse_row(line: str, where: str) -> Row:
     if not isinstance(record, dict):
         raise RowError(f"{where}: a row must be a JSON object, got {type(record).__name__}")
     values: dict[str, str] = {}
-    for field in _FIELDS:
-        value = record.get(field, "" if field == "input" else None)
+    for name in _FIELDS:
+        value = record.get(name, "" if name == "input" else None)
         if not isinstance(value, str):
-            raise RowError(f'{where}: "{field}" must be a string, got {type(value).__name__}')
-        values[field] = value
-    row = Row(**values)
+            raise RowError(f'{where}: "{name}" must be a string, got {type(value).__name__}')
+        values[name] = value
+    domain = record.get("domain")
+    row = Row(**values, domain=domain if isinstance(domain, str) else "")
     if not user_text(row).strip():
         raise RowError(f'{where}: "instruction" and "input" are both empty')
     return row
@@ -85,7 +90,7 @@ def _parse_row(line: str, where: str) -> Row:
 def read_rows(paths: Sequence[Path]) -> list[Row]:
     """Every row of the given JSONL files and folders, in order; empty lines are passed over.
 
-    Keys other than `instruction`, `input` and `output` are ignored, and `input` may be absent.
+    `input` and `domain` may be absent; keys other than these and `instruction` and `output` are ignored.
 
     Raises:
         RowError: a path is missing or a line is not a row; the message says `file:line: why`.

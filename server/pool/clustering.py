@@ -1,10 +1,11 @@
-"""From rows to named clusters: an embedder, vectors, k-means, ids made of each cluster's terms."""
+"""From rows to named clusters: an embedder, vectors, k-means, an id for each cluster."""
 
 from __future__ import annotations
 
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,10 +101,11 @@ def cluster(
         }
         stages.save("clusters", inputs, arrays)
     terms: list[list[str]] = json.loads(arrays["terms"].tobytes())
+    labels = arrays["labels"].astype(np.int64)
     return Clustering(
-        labels=arrays["labels"].astype(np.int64),
+        labels=labels,
         held_labels=arrays["held_labels"].astype(np.int64),
-        ids=expert_ids(terms),
+        ids=expert_ids(terms, _domains(rows, labels, len(terms))),
         terms=terms,
         cohesion=float(arrays["cohesion"][0]),
     )
@@ -119,22 +121,35 @@ def _terms(rows: Sequence[Row], labels: Labels, k: int) -> npt.NDArray[np.uint8]
     return np.frombuffer(json.dumps(terms).encode(), np.uint8)
 
 
-def expert_ids(terms: Sequence[Sequence[str]]) -> list[str]:
-    """One slug for each cluster from its first terms; a number is added where two would be the same."""
+def _domains(rows: Sequence[Row], labels: Labels, k: int) -> list[str]:
+    """The domain that most rows of each cluster belong to, where more than half of them say so."""
+    counts = [Counter(rows[int(place)].domain for place in np.flatnonzero(labels == n)) for n in range(k)]
+    tops = [count.most_common(1)[0] for count in counts]
+    return [top if 2 * n > count.total() else "" for (top, n), count in zip(tops, counts, strict=True)]
+
+
+def expert_ids(terms: Sequence[Sequence[str]], domains: Sequence[str] = ()) -> list[str]:
+    """One slug for each cluster: its domain, else its first terms.
+
+    A domain that has several clusters names none: its terms tell them apart. A number is added where two ids
+    would be the same all the same.
+    """
     ids: list[str] = []
-    for cluster_terms in terms:
-        parts: list[str] = []
-        for term in cluster_terms:
-            ascii_term = unicodedata.normalize("NFKD", term).encode("ascii", "ignore").decode().lower()
-            slug = re.sub(r"[^a-z0-9]+", "", ascii_term)
-            if slug and slug not in parts:
-                parts.append(slug)
-        stem = "-".join(parts[:_NAME_TERMS])[:56] or "cluster"
+    slugs = [_slug(domain, "-") for domain in domains] or [""] * len(terms)
+    for cluster_terms, domain in zip(terms, slugs, strict=True):
+        parts = list(dict.fromkeys(filter(None, (_slug(term, "") for term in cluster_terms))))
+        stem = domain if domain and slugs.count(domain) == 1 else "-".join(parts[:_NAME_TERMS])
+        stem = stem[:56] or "cluster"
         name, number = stem, 2
         while name in ids:
             name, number = f"{stem}-{number}", number + 1
         ids.append(name)
     return ids
+
+
+def _slug(text: str, join: str) -> str:
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", join, plain).strip("-")
 
 
 def _digest(embedded: Embedded) -> list[Any]:

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from loramux.router.fit.router import RouterFitOptions
 from loramux.router.store import load_router
 from loramux.server.cli.pool import app
 from loramux.server.pool import build as build_module
+from loramux.server.pool import clustering as clustering_module
 from loramux.server.pool.add import add_expert
 from loramux.server.pool.build import BuildOptions, build_pool
 from loramux.server.pool.check import check_pool
@@ -242,3 +244,14 @@ def test_the_command_builds_a_pool(corpus, options, tmp_path, held_out):
 def test_ids_are_distinct_slugs():
     terms = [["select", "where", "table"], ["Select", "where"], ["größe", "l'eau"], [], ["日本"]]
     assert expert_ids(terms) == ["select-where", "select-where-2", "groe-leau", "cluster", "cluster-2"]
+
+
+def test_a_cluster_is_named_after_its_domain_where_it_has_one_to_itself():
+    terms = [["card", "cash"], ["select", "where"], ["count", "team"], ["court", "law"], ["a", "b"]]
+    domains = ["Banking intent", "sql", "sql", "", "banking-intent-2"]
+    assert expert_ids(terms, domains) == [
+        "banking-intent", "select-where", "count-team", "court-law", "banking-intent-2",
+    ]  # fmt: skip
+    rows = [Row("x", "", "y", domain) for domain in ("a", "a", "b", "b", "b", "", "", "c")]
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    assert clustering_module._domains(rows, labels, 3) == ["a", "b", ""]
