@@ -136,14 +136,15 @@ class Blueprint:
         logits = (tokens + 3 * sequences) * int(config.vocab_size) * 4
         return tokens * width * dtype.itemsize + logits
 
-    def gathered_token_bytes(self, dtype: torch.dtype, tokens: int) -> int:
-        """What one cached token costs beside the cache while a step of `tokens` tokens attends to it.
+    def gathered_bytes(self, dtype: torch.dtype, tokens: int, context: int) -> int:
+        """What attending to a sequence of `context` tokens takes beside the cache, in a step of `tokens`.
 
-        Its keys and values are gathered for the layer that runs, repeated per query head, and where attention
-        has no variable-length kernel there is one entry of the mask per token of the step; 8 bytes of index.
+        A piece of a prompt gathers keys and values of its sequence for the layer that runs, repeated per
+        query head, and has one entry of a mask per token of the step; sequences do so one after another, and
+        the kernels for single tokens read the pages where they lie.
         """
         heads = 2 * int(self._config.num_attention_heads) + self._kv_heads
-        return (heads * self._head + tokens) * dtype.itemsize + 8
+        return min(context, self.positions) * ((heads * self._head + tokens) * dtype.itemsize + 8)
 
     @property
     def _kv_heads(self) -> int:

@@ -214,12 +214,9 @@ class _Planner:
             return 0
         return 3 * self.sizes.blueprint.step_bytes(wish.dtype, wish.running, wish.running)
 
-    def token(self, wish: Wish) -> int:
-        """Bytes for one token of cache, with what attending to it takes."""
-        blueprint = self.sizes.blueprint
-        return blueprint.kv_token_bytes(wish.dtype) + blueprint.gathered_token_bytes(
-            wish.dtype, wish.step_tokens
-        )
+    def gathered(self, wish: Wish, tokens: int) -> int:
+        """What attending takes beside a cache of so many tokens."""
+        return self.sizes.blueprint.gathered_bytes(wish.dtype, wish.step_tokens, tokens)
 
     def least_tokens(self, wish: Wish) -> int:
         """The cache that the start depends on: the one asked for, or the least that is of use."""
@@ -227,13 +224,18 @@ class _Planner:
 
     def tokens_that_fit(self, wish: Wish) -> int:
         usable = int(self.remaining(wish) * self.share) - self.step(wish)
-        pages = usable // self.token(wish) // EngineLimits.page_size
-        return max(0, (pages - 2) * EngineLimits.page_size)  # two pages are kept for padding
+        token, longest = self.sizes.blueprint.kv_token_bytes(wish.dtype), self.sizes.blueprint.positions
+        # A cache for more than the longest context gathers no more than that.
+        most = (usable - self.gathered(wish, longest)) // token
+        tokens = most if most >= longest else usable // (token + self.gathered(wish, 1))
+        return max(0, (tokens // EngineLimits.page_size - 2) * EngineLimits.page_size)  # two pad
 
     def deficit(self, wish: Wish) -> int:
         """Bytes that are missing for the least cache; 0 or less when it fits."""
         pages = -(-self.least_tokens(wish) // EngineLimits.page_size) + 2
-        needed = pages * EngineLimits.page_size * self.token(wish) + self.step(wish)
+        tokens = pages * EngineLimits.page_size
+        cache = tokens * self.sizes.blueprint.kv_token_bytes(wish.dtype) + self.gathered(wish, tokens)
+        needed = cache + self.step(wish)
         return int(needed / self.share) + 1 - self.remaining(wish)
 
     def refusal(self, wish: Wish, deficit: int) -> str:
@@ -247,7 +249,7 @@ class _Planner:
             "slots": wish.slot_bytes,
             "graphs": self.graphs(wish),
             "kv": kv,
-            "step": self.step(wish) + least * self.token(wish) - kv,
+            "step": self.step(wish) + self.gathered(wish, least),
             "router": self.sizes.router_bytes if self.one_memory else 0,
         }
         parts["reserve"] = needed - sum(parts.values())
@@ -301,7 +303,6 @@ class _Planner:
         blueprint = self.sizes.blueprint
         tokens = wish.kv_tokens or min(wish.running * blueprint.positions, self.tokens_that_fit(wish))
         rows = wish.slot_bytes // self.unit(wish.dtype)
-        gathered = blueprint.gathered_token_bytes(wish.dtype, wish.step_tokens)
         kind = wish.quantization if wish.quantization != "none" else self.target.dtype_name
         return Budget(
             device=self.device,
@@ -311,7 +312,7 @@ class _Planner:
             sparse=self.sparse(wish),
             slots=wish.slot_bytes,
             kv=tokens * blueprint.kv_token_bytes(wish.dtype),
-            step=self.step(wish) + tokens * gathered,
+            step=self.step(wish) + self.gathered(wish, tokens),
             graphs=self.graphs(wish),
             router=self.sizes.router_bytes,
             rows=rows,
