@@ -27,6 +27,7 @@ from loramux.server.routes.health import health_routes
 from loramux.server.routes.metrics import metrics_routes
 from loramux.server.routes.models import model_routes
 from loramux.server.routes.playground import playground_routes
+from loramux.server.routes.reference import reference_routes
 from loramux.server.routes.route import route_routes
 from loramux.server.routes.tokens import token_routes
 
@@ -42,6 +43,7 @@ ROUTE_GROUPS: tuple[Callable[[Parts], APIRouter], ...] = (
     health_routes,
     metrics_routes,
     playground_routes,
+    reference_routes,
 )
 
 

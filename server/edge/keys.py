@@ -8,8 +8,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loramux.server.edge.failures import describe, send_error
 from loramux.server.errors import Forbidden, RequestError, Unauthorized
 
-# The page is the same for everyone and asks for the key itself.
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+# Pages and document are the same for everyone; the first page asks for the key itself.
+OPEN_PATHS = frozenset({"/", "/docs", "/health", "/openapi.json", "/ready"})
 ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_adapters"})
 
 

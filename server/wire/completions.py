@@ -1,19 +1,25 @@
 """`POST /v1/completions`: the request, and the JSON of its choices."""
 
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from loramux.server.wire.generation import GenerationFields
 from loramux.server.wire.strict import MAX_TOKENS, at_most, field_error, limits_of, no_longer_than
 
 Prompt = str | tuple[int, ...]
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0, "maximum": MAX_TOKENS}}
+_PROMPT = {
+    "anyOf": [_TEXT, _IDS, {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, _IDS]}}],
+    "description": "A text or a list of token ids, or a list of either.",
+}
 
 
 class CompletionRequest(GenerationFields):
     """An OpenAI completions request, with `lora` and `routing` as extensions."""
 
-    prompt: list[Prompt]
+    prompt: Annotated[list[Prompt], WithJsonSchema(_PROMPT)]
     echo: bool = False
     logprobs: int | None = Field(None, ge=0)
 

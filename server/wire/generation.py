@@ -1,8 +1,8 @@
 """What chat and completions requests have in common."""
 
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from loramux.server.wire.strict import (
     MAX_TOKENS,
@@ -16,6 +16,10 @@ from loramux.server.wire.strict import (
 
 INT64 = 2**63
 ARROW = "arrow"
+
+
+_TEXT = {"type": "string", "minLength": 1}
+_STOP = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}
 
 
 class StreamOptions(StrictModel):
@@ -80,7 +84,7 @@ class GenerationFields(StrictModel):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     seed: int | None = Field(None, ge=-INT64, le=INT64 - 1)
     n: int = Field(1, ge=1)
-    stop: list[str] = Field(default_factory=list)
+    stop: Annotated[list[str], WithJsonSchema(_STOP)] = Field(default_factory=list)
     stop_token_ids: list[TokenId] = Field(default_factory=list)
     ignore_eos: bool = False
     logit_bias: dict[int, float] = Field(default_factory=dict)

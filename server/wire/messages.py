@@ -2,13 +2,31 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from loramux.server.text.prompts import Turn
 from loramux.server.wire.strict import NESTED_UNSUPPORTED, StrictModel, field_error, limits_of, no_longer_than
 
 # What an answer of this or another server carries beside role and content, and says nothing to a model.
 _LABELS = NESTED_UNSUPPORTED - {"tool_call_id"} | {"reasoning_content"}
+
+
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
+_CONTENT = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": _PART}],
+    "description": "A text, or its parts; of an assistant, null where it said nothing.",
+}
 
 
 class Message(StrictModel):
@@ -19,7 +37,7 @@ class Message(StrictModel):
     """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str
+    content: Annotated[str, WithJsonSchema(_CONTENT)]
     name: str | None = Field(None, min_length=1, max_length=256)
 
     UNSUPPORTED: ClassVar[frozenset[str]] = _LABELS | {"tool_call_id"}

@@ -4,7 +4,16 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import CoreSchema
 
 from loramux.server.errors import RequestError
 from loramux.server.settings import Limits
@@ -30,6 +39,25 @@ class StrictModel(BaseModel):
 
     UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()
 
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """With what the validators take beside the declared types: null, and what asks for nothing."""
+        schema = handler(core_schema)
+        declared = handler.resolve_ref_schema(schema)
+        fields, required = declared.setdefault("properties", {}), declared.get("required", ())
+        for name in set(fields) - set(required):
+            if _NULL not in fields[name].get("anyOf", ()):
+                fields[name] = {"anyOf": [fields[name], _NULL]}
+        for name in sorted(cls.UNSUPPORTED):
+            fields[name] = {"description": "Not supported.", "enum": [*_DEFAULTS.get(name, ()), None]}
+            if name in _LABELS:
+                fields[name] = {
+                    "description": "Accepted, and ignored.", "type": [_LABEL_TYPES[_LABELS[name]], "null"],
+                }  # fmt: skip
+        return schema
+
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, value: object) -> object:
@@ -45,6 +73,8 @@ class StrictModel(BaseModel):
         }
 
 
+_NULL = {"type": "null"}
+_LABEL_TYPES: Mapping[type, str] = {dict: "object", str: "string", bool: "boolean"}
 # Fields that label a request, or that hold the value which they have when they are left out.
 _LABELS = {"metadata": dict, "prompt_cache_key": str, "safety_identifier": str, "parallel_tool_calls": bool}
 _DEFAULTS: dict[str, tuple[object, ...]] = {

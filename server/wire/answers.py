@@ -1,0 +1,275 @@
+"""The JSON of every answer, as types: what the document at `/openapi.json` says of them.
+
+A field that an answer may lack is `NotRequired`; one that is there without a value is null.
+"""
+
+from typing import Any, Literal, NotRequired
+
+# pydantic reads that of `typing` from Python 3.12 on.
+from typing_extensions import TypedDict
+
+FinishReason = Literal["stop", "length"]
+
+
+class ErrorFields(TypedDict):
+    """`param` is the path of the field at fault, `code` a stable word for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    """What every failure is answered with."""
+
+    error: ErrorFields
+
+
+class PromptDetails(TypedDict):
+    """Prompt tokens that were found in the cache."""
+
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    """Tokens counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+
+
+class ScoredExpert(TypedDict):
+    """An expert with its share of the blend, null where each token has its own; the router's numbers are null
+    where nothing was routed."""
+
+    id: str
+    weight: float | None
+    similarity: float | None
+    probability: float | None
+    score: float | None
+
+
+class Route(TypedDict):
+    """How the experts of an answer were chosen."""
+
+    strategy: str
+    experts: list[ScoredExpert]
+    fallback: bool
+    truncated: bool
+
+
+class BlendFields(TypedDict):
+    """What the experts were merged into."""
+
+    key: str
+    method: str
+    rank: int
+    relative_error: float
+    cached: bool
+
+
+class Provenance(TypedDict):
+    """The extension of every answer: route and blend."""
+
+    route: Route
+    blend: BlendFields
+
+
+class TokenScore(TypedDict):
+    """A token with its log-probability in nats."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ScoredChatToken(TokenScore):
+    """A token of the answer, and the most probable ones in its place."""
+
+    top_logprobs: list[TokenScore]
+
+
+class ChatLogprobs(TypedDict):
+    """One entry a token."""
+
+    content: list[ScoredChatToken]
+    refusal: None
+
+
+class AssistantMessage(TypedDict):
+    """The answer of one choice."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    """One of `n` answers."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(TypedDict):
+    """A whole chat answer."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    loramux: Provenance
+
+
+class ChatDelta(TypedDict):
+    """What a chunk adds; the first of a choice names the role."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+
+
+class ChatChunkChoice(TypedDict):
+    """A piece of one choice; the last one says why it ended."""
+
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class ChatCompletionChunk(TypedDict):
+    """One event of a streamed chat answer; the first has `loramux`. The stream ends with `data: [DONE]`."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+    loramux: NotRequired[Provenance]
+
+
+class CompletionLogprobs(TypedDict):
+    """One entry a token in every list; the first token of an echoed prompt has none."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(TypedDict):
+    """One of the answers, or a piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(TypedDict):
+    """A completion, whole, or one event of a stream; of these the first has `loramux`, the last `usage`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+    loramux: NotRequired[Provenance]
+
+
+class ModelCard(TypedDict):
+    """What `model` may be; `root` is what it is made from, `parent` the base it sits on."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+    loramux: NotRequired[dict[str, Any]]
+
+
+class ModelList(TypedDict):
+    """Everything that `model` may be."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Decision(TypedDict):
+    """The router's whole decision."""
+
+    strategy: str
+    policy: str
+    temperature: float
+    threshold: float
+    experts: list[ScoredExpert]
+    candidates: list[ScoredExpert]
+    fallback: bool
+    truncated: bool
+    margin: float | None
+    entropy: float | None
+    reason: str
+
+
+class Tokenized(TypedDict):
+    """Token ids of a text or chat."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(TypedDict):
+    """The text of token ids."""
+
+    prompt: str
+
+
+class Adapter(TypedDict):
+    """An expert or sparse model that is loaded."""
+
+    id: str
+    kind: str
+    content_hash: str
+    rank: int
+    modules: int
+    bytes: int
+    resident: NotRequired[bool]
+    routable: NotRequired[bool]
+    route_from: NotRequired[Literal["pool", "examples"]]
+    truncated_examples: NotRequired[int]
+
+
+class AdapterList(TypedDict):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[Adapter]
+
+
+class Unloaded(TypedDict):
+    """The expert that is gone."""
+
+    id: str
+    unloaded: Literal[True]
+
+
+class Status(TypedDict):
+    """`ok` or `ready`."""
+
+    status: str
