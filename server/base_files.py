@@ -1,11 +1,9 @@
-"""Where a base's files are: a model folder, a GGUF file, one inside an installed package, or a cached hub id."""
+"""Where a base's files are: a model folder, a GGUF file, a package with one, or a cached hub id."""
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from loramux.server.engine.gguf.container import GgufFile
@@ -13,8 +11,7 @@ from loramux.server.engine.gguf.folder import SOURCE_FILE, content_hash, model_f
 from loramux.server.engine.gguf.weights import GgufWeights
 from loramux.server.engine.model import BaseModelError
 from loramux.server.errors import StartError
-
-_PACKAGE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+from loramux.server.gguf_path import find_gguf
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +37,8 @@ class BaseFiles:
         """Find a base; of a GGUF file the model folder is made, if it is not in the cache yet.
 
         Args:
-            given: a model folder, a GGUF file, a folder or an installed package with one GGUF file in it, or a
-                hub id.
+            given: a model folder, a GGUF file, a folder or an installed package with one GGUF file in it, or
+                a hub id.
             content: what the SHA-256 of the GGUF file has to be; None takes any.
 
         Raises:
@@ -66,7 +63,7 @@ class BaseFiles:
 
     @property
     def hash(self) -> str:
-        """Tells bases apart: of the GGUF file, else of the folder; the same for a GGUF file and its folder."""
+        """Tells bases apart. A GGUF file and the folder made from it have the same."""
         from loramux.adapters.training.expert import base_hash
 
         return self.content or base_hash(Path(self.folder))
@@ -78,43 +75,6 @@ class BaseFiles:
             BaseModelError: the file has changed and cannot be read any more.
         """
         return None if self.gguf is None else GgufWeights(GgufFile.read(self.gguf))
-
-
-def find_gguf(given: str) -> Path | None:
-    """The GGUF file that a name stands for; None for a model folder or a hub id.
-
-    Raises:
-        StartError: there are several, or a file that is named does not exist.
-    """
-    path = Path(given)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return None if any(path.glob("*.safetensors")) else _only(path, sorted(path.glob("*.gguf")))
-    if path.suffix == ".gguf":
-        raise StartError(f"base model {given}: no such file")
-    if _PACKAGE.fullmatch(given) and (folder := _package_folder(given)) is not None:
-        if (file := _only(folder, sorted(folder.rglob("*.gguf")))) is None:
-            raise StartError(f"base model {given}: the package in {folder} holds no GGUF file")
-        return file
-    return None
-
-
-def _only(folder: Path, files: list[Path]) -> Path | None:
-    if len(files) > 1:
-        names = ", ".join(str(file.relative_to(folder)) for file in files[:4])
-        raise StartError(f"base model {folder}: it holds {len(files)} GGUF files ({names}); name one of them")
-    return files[0] if files else None
-
-
-def _package_folder(name: str) -> Path | None:
-    """The folder of an installed package, which is not imported."""
-    try:
-        spec = find_spec(name.replace("-", "_"))
-    except (ImportError, ValueError):
-        return None
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return Path(places[0]) if places else None
 
 
 def _of_folder(folder: str) -> BaseFiles:

@@ -1,8 +1,8 @@
 """A GGUF file: its metadata, and where each tensor lies in it.
 
-The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3. The header is
-read here and not with `gguf.GGUFReader`, which makes several arrays of every token of a vocabulary: six seconds
-for 49 thousand tokens, and 23 for 262 thousand, on two cores where this takes a tenth of that.
+The format is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3. The header
+is read here and not with `gguf.GGUFReader`, which makes several arrays of every token of a vocabulary: six
+seconds for 49 thousand tokens and 23 for 262 thousand, where this takes a half and one.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class GgufFile:
         """Read the header; no tensor is touched.
 
         Raises:
-            GgufError: it cannot be opened, is no GGUF file, ends too early, or holds a type that is not known.
+            GgufError: it cannot be opened, is no GGUF file, ends too early, or holds an unknown type.
         """
         try:
             with path.open("rb") as file:
@@ -138,7 +138,9 @@ class _Header:
             raise GgufError(f"{self._path}: tensor {name} has the unknown type {number}") from None
         block, width = GGML_QUANT_SIZES[kind]
         if not shape or min(shape) < 1 or shape[-1] % block:
-            raise GgufError(f"{self._path}: tensor {name} of shape {list(shape)} is not whole {kind.name} blocks")
+            raise GgufError(
+                f"{self._path}: tensor {name} of shape {list(shape)} is not whole {kind.name} blocks"
+            )
         size = prod(shape) // block * width
         if start + size > len(self._data):
             raise GgufError(
@@ -151,7 +153,9 @@ class _Header:
         name = self._string()
         (count,) = self._unpack("I")
         if count > _MAX_DIMENSIONS:
-            raise GgufError(f"{self._path}: tensor {name} has {count} dimensions, more than {_MAX_DIMENSIONS}")
+            raise GgufError(
+                f"{self._path}: tensor {name} has {count} dimensions, more than {_MAX_DIMENSIONS}"
+            )
         dimensions = self._unpack(f"{count}Q")
         number, offset = self._unpack("IQ")
         # The fastest-moving dimension comes first in the file.
@@ -207,6 +211,6 @@ class _Header:
 
     def _too_short(self) -> GgufError:
         return GgufError(
-            f"{self._path}: truncated or damaged: what stands at byte {self._place:,} goes beyond the end of the "
-            f"file, {len(self._data):,}; fetch it again"
+            f"{self._path}: truncated or damaged: what stands at byte {self._place:,} goes beyond the end of "
+            f"the file, {len(self._data):,}; fetch it again"
         )

@@ -1,8 +1,8 @@
 """The model families that are read from GGUF: the config of each, and what its tensors are called here.
 
-llama.cpp stores a model under its own names and changes some of it: rotary rows of the Llama family interleaved,
-Gemma's norms with one added, scalings of the rotary frequencies as a tensor. What a file does not state is
-llama.cpp's default for that architecture, which is what the file was made for.
+llama.cpp stores a model under its own names and changes some of it: rotary rows of the Llama family are
+interleaved, Gemma's norms have one added, scalings of the rotary frequencies are a tensor. What a file does
+not state is llama.cpp's default for that architecture, which is what the file was made for.
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
         "intermediate_size": keys.number("feed_forward_length"),
         "num_hidden_layers": keys.number("block_count"),
         "num_attention_heads": keys.number("attention.head_count"),
-        "num_key_value_heads": keys.number(
-            "attention.head_count_kv", keys.number("attention.head_count")
-        ),
+        "num_key_value_heads": keys.number("attention.head_count_kv", keys.number("attention.head_count")),
         "max_position_embeddings": keys.number("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -153,7 +151,9 @@ def _rope(keys: Keys) -> dict[str, Any]:
     """`rope_parameters` for frequencies that are the same in every layer."""
     path = keys.file.path
     if keys.number("rope.dimension_count", head_width(keys)) != head_width(keys):
-        raise GgufError(f"{path}: rotary embeddings on a part of a head are not read for {keys.file.architecture}")
+        raise GgufError(
+            f"{path}: rotary embeddings on a part of a head are not read for {keys.file.architecture}"
+        )
     theta = keys.number("rope.freq_base", 10000.0)
     if "rope_freqs.weight" in keys.file.tensors:
         return _llama3_rope(keys, theta)
@@ -161,7 +161,11 @@ def _rope(keys: Keys) -> dict[str, Any]:
     factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear"))
     if kind == "yarn":
         original = keys.number("rope.scaling.original_context_length")
-        scaled = {"rope_type": "yarn", "factor": float(factor or 1.0), "original_max_position_embeddings": original}
+        scaled = {
+            "rope_type": "yarn",
+            "factor": float(factor or 1.0),
+            "original_max_position_embeddings": original,
+        }
         for name in ("beta_fast", "beta_slow"):
             if (value := keys.get(f"rope.scaling.yarn_{name}")) is not None:
                 scaled[name] = value
@@ -173,7 +177,11 @@ def _rope(keys: Keys) -> dict[str, Any]:
 
 def _linear(factor: float | None) -> dict[str, Any]:
     """A scaling of all positions alike."""
-    return {"rope_type": "linear", "factor": float(factor)} if factor and factor != 1 else {"rope_type": "default"}
+    return (
+        {"rope_type": "linear", "factor": float(factor)}
+        if factor and factor != 1
+        else {"rope_type": "default"}
+    )
 
 
 def _llama3_rope(keys: Keys, theta: float) -> dict[str, Any]:
@@ -187,7 +195,9 @@ def _llama3_rope(keys: Keys, theta: float) -> dict[str, Any]:
     if 2 * len(stored) != head_width(keys) or not np.allclose(
         stored, 1 / ((1 - smooth) / factor + smooth), rtol=1e-3
     ):
-        raise GgufError(f"{keys.file.path}: rope_freqs.weight is not the scaling of Llama 3; no other is read")
+        raise GgufError(
+            f"{keys.file.path}: rope_freqs.weight is not the scaling of Llama 3; no other is read"
+        )
     return {
         "rope_type": "llama3",
         "rope_theta": theta,
@@ -202,7 +212,8 @@ def _factors(file: GgufFile, name: str) -> npt.NDArray[np.float32]:
     """One number for each rotary frequency."""
     if name not in file.tensors or file.tensors[name].type is not GGMLQuantizationType.F32:
         raise GgufError(f"{file.path}: it has no {name} in F32")
-    return file.bytes_of(name).view(np.float32)[0]
+    factors: npt.NDArray[np.float32] = file.bytes_of(name).view(np.float32)[0]
+    return factors
 
 
 def _llama(keys: Keys) -> dict[str, Any]:
@@ -265,7 +276,9 @@ def _phi3(keys: Keys) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": rotary}
     original = keys.number("rope.scaling.original_context_length", context)
     if "rope_factors_long.weight" in keys.file.tensors:
-        long, short = (_factors(keys.file, f"rope_factors_{name}.weight").tolist() for name in ("long", "short"))
+        long, short = (
+            _factors(keys.file, f"rope_factors_{name}.weight").tolist() for name in ("long", "short")
+        )
         rope |= {
             "rope_type": "longrope",
             "long_factor": long,

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import time
-from hashlib import file_digest, sha256
+from hashlib import file_digest
 from pathlib import Path
 
 import filelock
@@ -51,7 +51,7 @@ def content_hash(path: Path) -> str:
 
 
 def model_id(file: GgufFile) -> str:
-    """What a file calls its model, in a form that a request can carry: `general.name`, else the file's name."""
+    """What a file calls its model, as a request can carry it: `general.name`, else the file's name."""
     name = file.metadata.get("general.name")
     stated = re.sub(r"[^\w.]+", "-", name).strip("-") if isinstance(name, str) else ""
     return stated or file.path.stem
@@ -123,7 +123,7 @@ def write_model_folder(file: GgufFile, weights: GgufWeights, folder: Path) -> No
     vocabulary = Vocabulary(file)
     if len(vocabulary.tokens) > config.vocab_size:
         raise GgufError(
-            f"{file.path}: {len(vocabulary.tokens)} tokens, but token_embd.weight has {config.vocab_size} rows"
+            f"{file.path}: {len(vocabulary.tokens)} tokens, but {config.vocab_size} rows of token_embd.weight"
         )
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
     config.eos_token_id = tokenizer.eos_token_id
@@ -132,7 +132,9 @@ def write_model_folder(file: GgufFile, weights: GgufWeights, folder: Path) -> No
     tokenizer.save_pretrained(folder)
     config.save_pretrained(folder)
     GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=vocabulary.end_ids, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=vocabulary.end_ids,
+        pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(folder)
     write_weights(weights, folder)
 
@@ -163,4 +165,6 @@ def write_weights(weights: GgufWeights, folder: Path, shard_bytes: int = _SHARD_
     if len(shards) > 1:
         total = sum(weights.nbytes(parameter) for parameter in weights.shapes)
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=1) + "\n", encoding="utf-8"
+        )

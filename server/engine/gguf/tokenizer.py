@@ -1,8 +1,9 @@
 """The tokenizer that a GGUF file describes, with its chat template.
 
-A file lists tokens, their kinds, and merges or scores. How text is cut before the merges are applied it only names
-(`tokenizer.ggml.pre`), so the rules behind the names that the served families use are listed here; another name
-is refused, because a wrong rule gives other tokens than the model was trained on, and nothing would show it.
+A file lists tokens, their kinds, and merges or scores. How text is cut before the merges are applied it only
+names (`tokenizer.ggml.pre`), so the rules behind the names that the served families use are listed here.
+Another name is refused: a wrong rule gives other tokens than the model was trained on, and nothing
+would show it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from loramux.server.engine.gguf.container import GgufError, GgufFile
 #: Tokens that end a turn, whatever else a file says.
 _END_OF_TURN = frozenset(
     {
-        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
-        "<EOT>", "<|EOT|>", "<｜end▁of▁sentence｜>",
+        "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>",
+        "<|end_of_text|>", "<EOT>", "<|EOT|>", "<｜end▁of▁sentence｜>",
     }
 )  # fmt: skip
 _BLANK = "▁"
@@ -134,7 +135,7 @@ class Vocabulary:
             return None
         if not isinstance(number, int) or not 0 <= number < len(self.tokens):
             raise GgufError(
-                f"{self.file.path}: tokenizer.ggml.{role}_token_id is {number!r}, of {len(self.tokens)} tokens"
+                f"{self.file.path}: tokenizer.ggml.{role}_token_id is {number!r} of {len(self.tokens)}"
             )
         return number
 
@@ -163,7 +164,9 @@ def read_tokenizer(file: GgufFile, *, context: int) -> PreTrainedTokenizerFast:
     elif vocabulary.model == "gpt2":
         backend, add_bos = _byte_level(vocabulary)
     else:
-        raise GgufError(f"{file.path}: a tokenizer of the kind {vocabulary.model!r} is not read; gpt2 and llama are")
+        raise GgufError(
+            f"{file.path}: a tokenizer of the kind {vocabulary.model!r} is not read; gpt2 and llama are"
+        )
     _add_whole_tokens(backend, vocabulary, respelled=sentencepiece)
     defaults = {"bos": 1, "eos": 2, "unknown": 0} if sentencepiece else {}
     ids = {role: vocabulary.id_of(role, defaults.get(role)) for role in ("bos", "eos", "unknown", "padding")}
@@ -226,7 +229,9 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     """BPE of SentencePiece: blanks are written out, and what has no token is spelled in bytes."""
     scores = vocabulary.get("scores")
     if scores is None:
-        raise GgufError(f"{vocabulary.file.path}: it holds no tokenizer.ggml.scores, which a llama tokenizer needs")
+        raise GgufError(
+            f"{vocabulary.file.path}: it holds no tokenizer.ggml.scores, which a llama tokenizer needs"
+        )
     vocab: dict[str, int] = {}
     for number, token in enumerate(vocabulary.tokens):
         # A run of blanks is stored as it looks, and used as it is written.
@@ -244,9 +249,7 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
     backend = Tokenizer(_bpe(vocabulary, vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     prefix = bool(vocabulary.get("add_space_prefix", True))
     spelled = normalizers.Replace(" ", _BLANK)
-    backend.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(_BLANK), spelled]) if prefix else spelled
-    )
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), spelled]) if prefix else spelled
     undo: list[Any] = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefix else undo)
     return backend

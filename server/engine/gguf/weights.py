@@ -37,7 +37,7 @@ class Blocks:
 
     Attributes:
         type: name of the GGML type: Q4_0, Q4_1, Q8_0, F16 and so on.
-        data: uint8 [rows, bytes per row], a view of the mapped file where the rows are in its order; read only.
+        data: uint8 [rows, bytes per row], a view of the mapped file where its rows are in order; read only.
         shape: (rows, columns) of the matrix.
     """
 
@@ -58,8 +58,8 @@ class GgufWeights:
     def __init__(self, file: GgufFile) -> None:
         """
         Raises:
-            GgufError: the family is not read, a tensor is missing, unknown or of another shape than the config
-                says, or its type cannot be decoded.
+            GgufError: the family is not read, a tensor is missing, unknown or not of the shape that the
+                config says, or its type cannot be decoded.
         """
         self._file = file
         self._family: Family = family_of(file)
@@ -112,14 +112,16 @@ class GgufWeights:
                 value[row : row + step] = _decoded(raw[row : row + step], info.type)
         # The extremes are NaN where any value is, and are found fifteen times as fast as what is not finite.
         if not bool(torch.stack(value.aminmax()).isfinite().all()):
-            raise GgufError(f"{self._file.path}: damaged: tensor {name} holds a value that is no finite number")
+            raise GgufError(
+                f"{self._file.path}: damaged: tensor {name} holds a value that is no finite number"
+            )
         value = value.reshape(info.shape)
         heads = self._rotary_heads(parameter)
         return _halves(value, heads) if heads else value
 
     def blocks(self, module: str) -> Blocks:
-        """The weight of a linear module or of the embedding, e.g. `model.layers.0.self_attn.q_proj`, undecoded
-        and with its rows in transformers' order. `lm_head` has those of the embedding where it is tied.
+        """The weight of a linear module or of the embedding, e.g. `model.layers.0.mlp.up_proj`, undecoded and
+        with its rows in transformers' order. `lm_head` has those of the embedding where it is tied.
 
         Raises:
             KeyError: the model has no such module.
@@ -189,4 +191,5 @@ def _decoded(raw: npt.NDArray[np.uint8], kind: GGMLQuantizationType) -> Tensor:
 
 def _halves(rows: Tensor, heads: int) -> Tensor:
     """Rows of each head from pairs (0, n/2, 1, n/2 + 1, …) back to halves (0, 1, …)."""
-    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+    paired = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return paired.transpose(1, 2).reshape(rows.shape).contiguous()
