@@ -132,6 +132,8 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
         "max_position_embeddings": keys.number("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
+        # The class has those of one checkpoint; the file's own come with its tokenizer.
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         **family.fields(keys),
     }
     try:
