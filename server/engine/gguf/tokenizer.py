@@ -213,7 +213,11 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[Tokenizer, bool]:
         raise GgufError(f"{path}: it holds no tokenizer.ggml.merges, which a gpt2 tokenizer needs")
     vocab = {token: number for number, token in enumerate(vocabulary.tokens)}
     pairs = [_pair(merge) for merge in merges]
-    backend = Tokenizer(_bpe(vocabulary, vocab, pairs, ignore_merges=cut.whole))
+    for left, right in pairs:
+        # The library ends the process over a merge that makes no token.
+        if not {left, right, left + right} <= vocab.keys():
+            raise GgufError(f"{path}: its tokenizer is damaged: the merge {left!r} {right!r} makes no token")
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=cut.whole))
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if cut.digits else []
     if cut.pattern is not None:
         steps.append(pre_tokenizers.Split(Regex(cut.pattern), behavior="isolated"))
@@ -245,21 +249,16 @@ def _sentencepiece(vocabulary: Vocabulary) -> Tokenizer:
         if kind in (Kind.UNKNOWN, Kind.CONTROL, Kind.BYTE)
     }
     merges = _implied_merges(vocab, rank, whole)
-    unknown = vocabulary.tokens[vocabulary.id_of("unknown", 0) or 0]
-    backend = Tokenizer(_bpe(vocabulary, vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    unknown = _respelled(vocabulary.tokens[vocabulary.id_of("unknown", 0) or 0])
+    backend = Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
     prefix = bool(vocabulary.get("add_space_prefix", True))
     spelled = normalizers.Replace(" ", _BLANK)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(_BLANK), spelled]) if prefix else spelled
     undo: list[Any] = [decoders.Replace(_BLANK, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*undo, decoders.Strip(" ", 1, 0)] if prefix else undo)
     return backend
-
-
-def _bpe(vocabulary: Vocabulary, vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> Any:
-    try:
-        return models.BPE(vocab=vocab, merges=merges, **options)
-    except Exception as error:  # what tokenizers raises has no type of its own
-        raise GgufError(f"{vocabulary.file.path}: its tokenizer is damaged: {error}") from None
 
 
 def _pair(merge: str) -> tuple[str, str]:
