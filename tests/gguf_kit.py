@@ -26,7 +26,7 @@ COMMON: dict[str, Any] = {
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEXTS = [
     "The quick brown fox jumps over the lazy dog. It's 2026, isn't it? They'll pay 1234.50 for 77 cards.",
-    "def total(values):\n    return sum(value * 2 for value in values)  # twice\n\n\tprint(total([1, 22, 333]))",
+    "def total(values):\n    return sum(value * 2 for value in values) # 2\n\n\tprint(total([1, 22, 333]))",
     "SELECT COUNT(wins) FROM table WHERE team = 'Arsenal' AND year >= 1998;   ",
     "Ünïcödé text, 你好世界, здравствуйте, 😀 and more   blanks",
 ]
@@ -59,7 +59,9 @@ def tiny(model_type: str, vocabulary: int, **fields: Any) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
     for name, value in model.named_parameters():
         if value.ndim == 1:
-            value.copy_(torch.randn(value.shape) * 0.2 + (1.0 if "norm" in name and "gemma" not in model_type else 0))
+            value.copy_(
+                torch.randn(value.shape) * 0.2 + (1.0 if "norm" in name and "gemma" not in model_type else 0)
+            )
     return model
 
 
@@ -196,7 +198,9 @@ def packed(array: np.ndarray[Any, Any], kind: Type) -> np.ndarray[Any, Any]:
     if kind not in (Type.Q4_K, Type.Q6_K):
         return quantize(array, kind)
     block, width = gguf.GGML_QUANT_SIZES[kind]
-    blocks = np.random.default_rng(0).integers(0, 256, (*array.shape[:-1], array.shape[-1] // block, width), np.uint8)
+    blocks = np.random.default_rng(0).integers(
+        0, 256, (*array.shape[:-1], array.shape[-1] // block, width), np.uint8
+    )
     scale = np.array([1e-4], np.float16).view(np.uint8)
     for start in (0, 2) if kind is Type.Q4_K else (208,):
         blocks[..., start : start + 2] = scale

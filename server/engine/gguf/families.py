@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from gguf import GGMLQuantizationType
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from loramux.server.engine.gguf.container import GgufError, GgufFile
@@ -119,28 +120,39 @@ def config_of(file: GgufFile) -> PreTrainedConfig:
     family, keys = family_of(file), Keys(file)
     if "token_embd.weight" not in file.tensors:
         raise GgufError(f"{file.path}: it holds no token_embd.weight; is it a language model?")
-    head = head_width(keys)
+    layers = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    if keys.number("block_count") != len(layers):
+        raise GgufError(
+            f"{file.path}: it holds {len(layers)} layers, not {keys.number('block_count')} (block_count)"
+        )
+    try:
+        return AutoConfig.for_model(family.model_type, **_shared_fields(keys), **family.fields(keys))
+    except GgufError:
+        raise
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise GgufError(f"{file.path}: its metadata make no {family.model_type} model: {reason}") from None
+
+
+def _shared_fields(keys: Keys) -> dict[str, Any]:
+    """The fields that every config has."""
+    file, head = keys.file, head_width(keys)
     if keys.number("attention.value_length", head) != head:
         raise GgufError(f"{file.path}: values and keys of different width are not read")
-    fields = {
+    heads = keys.number("attention.head_count")
+    return {
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "hidden_size": keys.number("embedding_length"),
         "intermediate_size": keys.number("feed_forward_length"),
         "num_hidden_layers": keys.number("block_count"),
-        "num_attention_heads": keys.number("attention.head_count"),
-        "num_key_value_heads": keys.number("attention.head_count_kv", keys.number("attention.head_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.number("attention.head_count_kv", heads),
         "max_position_embeddings": keys.number("context_length"),
         "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         # The class has those of one checkpoint; the file's own come with its tokenizer.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
-        **family.fields(keys),
     }
-    try:
-        return AutoConfig.for_model(family.model_type, **fields)
-    except (ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise GgufError(f"{file.path}: its metadata make no {family.model_type} model: {reason}") from None
 
 
 def head_width(keys: Keys) -> int:
@@ -157,6 +169,8 @@ def _rope(keys: Keys) -> dict[str, Any]:
             f"{path}: rotary embeddings on a part of a head are not read for {keys.file.architecture}"
         )
     theta = keys.number("rope.freq_base", 10000.0)
+    if not theta > 0:
+        raise GgufError(f"{path}: rope.freq_base is {theta}")
     if "rope_freqs.weight" in keys.file.tensors:
         return _llama3_rope(keys, theta)
     kind = keys.get("rope.scaling.type", "none")

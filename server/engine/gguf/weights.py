@@ -154,8 +154,12 @@ class GgufWeights:
             except NotImplementedError:
                 name = next(info.name for info in self._file.tensors.values() if info.type is kind)
                 raise GgufError(f"{path}: tensor {name} is {kind.name}, which cannot be decoded") from None
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        except (ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError) as error:
+            reason = " ".join(str(error).split())
+            raise GgufError(f"{path}: its metadata make no model: {reason}") from None
         self.model_class = type(model).__name__
         tied = {"lm_head.weight"} if self.config.tie_word_embeddings else set()
         wanted = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}

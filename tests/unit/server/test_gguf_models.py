@@ -62,7 +62,12 @@ def llama3_divisors(fields: dict[str, Any], head: int) -> np.ndarray[Any, Any]:
 
 #: name -> (model_type, config fields, metadata, more tensors)
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "llama": ("llama", {"rope_parameters": ROPE}, {"rope.freq_base": 50000.0, "rope.dimension_count": 16}, {}),
+    "llama": (
+        "llama",
+        {"rope_parameters": ROPE},
+        {"rope.freq_base": 50000.0, "rope.dimension_count": 16},
+        {},
+    ),
     "llama, wide heads, tied": (
         "llama",
         {"head_dim": 24, "tie_word_embeddings": True},
@@ -140,7 +145,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
         },
         {},
     ),
-    "phi3": ("phi3", {"sliding_window": 16}, {"attention.sliding_window": 16, "rope.dimension_count": 16}, {}),
+    "phi3": (
+        "phi3",
+        {"sliding_window": 16},
+        {"attention.sliding_window": 16, "rope.dimension_count": 16},
+        {},
+    ),
     "phi3, longrope, tied": (
         "phi3",
         {

@@ -33,7 +33,9 @@ def random_texts(count: int = 40) -> list[str]:
     return ["".join(source.choices(alphabet, k=source.randint(1, 60))) for _ in range(count)]
 
 
-def written(path: Path, architecture: str = "llama", template: str | None = None, **keys: Any) -> gguf.GGUFWriter:
+def written(
+    path: Path, architecture: str = "llama", template: str | None = None, **keys: Any
+) -> gguf.GGUFWriter:
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys.items():
         add_key(writer, f"tokenizer.ggml.{key}", value)
@@ -177,7 +179,12 @@ def test_sentencepiece_pieces_are_merged_in_the_order_of_their_scores(
         assert read(text, add_special_tokens=False)["input_ids"] == expected, text
         assert read(text)["input_ids"] == [1, *expected]
         assert read.decode(expected) == original.decode(expected)
-    assert (read.bos_token, read.eos_token, read.unk_token, read.pad_token) == ("<s>", "</s>", "<unk>", "</s>")
+    assert (read.bos_token, read.eos_token, read.unk_token, read.pad_token) == (
+        "<s>",
+        "</s>",
+        "<unk>",
+        "</s>",
+    )
     assert Pieces.from_tokenizer(read).special == {0, 1, 2}
 
 
