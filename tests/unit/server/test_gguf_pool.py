@@ -97,7 +97,9 @@ def test_a_base_of_another_content_is_refused(pool: Path, place: Path, tmp_path:
         build(Settings(pool=copy, device="cpu"))
     assert "its content is not what the pool was made with" in check_pool(copy)[0]
     # Whoever names a base beside the pool has chosen it.
-    assert build(Settings(pool=copy, device="cpu", base=str(place / "tiny.gguf"))).catalog.base == "Tiny-Model"
+    assert (
+        build(Settings(pool=copy, device="cpu", base=str(place / "tiny.gguf"))).catalog.base == "Tiny-Model"
+    )
 
 
 def test_a_package_is_named_and_not_copied(
