@@ -30,6 +30,7 @@ from loramux.adapters.sparse.slot import SparseSlot, place
 from loramux.kernels.packed_linear import pack_linears
 from loramux.router.service import RoutingService
 from loramux.server.admin import AdapterAdmin
+from loramux.server.base_files import BaseFiles
 from loramux.server.catalog import Catalog
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import BaseModelError, load_base
@@ -64,15 +65,15 @@ def build(settings: Settings) -> Parts:
     """
     keys = api_keys(settings)
     pool = open_pool(settings)
-    location = settings.base or pool.base_location
-    blueprint = Blueprint.read(location)
+    files = base_files(settings, pool)
+    blueprint = Blueprint.read(files.folder)
     target = blueprint.target(
         device=settings.device, dtype=settings.dtype, quantization=settings.quantization
     )
     shapes = blueprint.shapes(pool.manifest.base.id)
     budget = make_budget(settings, pool, target, blueprint)
-    model = load_model(location, target, budget)
-    tokenizer = load_tokenizer(location)
+    model = load_model(files.folder, target, budget)
+    tokenizer = load_tokenizer(files.folder)
     read = partial(read_adapter, shapes=shapes, dtype=target.dtype, pinned=target.device.type == "cuda")
     experts = read_experts(pool, shapes, target.dtype)
     if target.device.type == "cuda":
@@ -167,6 +168,17 @@ def connect(
         admin=AdapterAdmin(catalog, residency, shelf, router, adapter_root, read),
         fingerprint=fingerprint,
     )
+
+
+def base_files(settings: Settings, pool: Pool) -> BaseFiles:
+    """The files of the base: the settings' own, or the pool's, whose content then is the pool's too.
+
+    Raises:
+        StartError: there is no such base, or it is damaged, or another than the pool was made with.
+    """
+    if settings.base is not None:
+        return BaseFiles.locate(settings.base)
+    return BaseFiles.locate(pool.base_location, content=pool.base_content)
 
 
 def load_tokenizer(location: str) -> ChatTokenizer:

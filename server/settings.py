@@ -154,7 +154,8 @@ class Settings(BaseSettings):
         default=True, description="Compare every file of the pool with its hash at the start."
     )
     base: str | None = Field(
-        default=None, description="Base model directory or cached hub id, in place of the one the pool names."
+        default=None,
+        description="Model folder, GGUF file, package with one, or cached hub id, in place of the pool's.",
     )
     encoder: str | None = Field(
         default=None,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from loramux.server.cli.rows import Rows
+from loramux.server.cli.training_options import BASE_HELP
 
 app = typer.Typer(help="Build, check and extend pools.", no_args_is_help=True)
 
@@ -18,10 +19,10 @@ Pool = Annotated[Path, typer.Argument(help="Pool directory.")]
 def build(
     data: Rows,
     out: Annotated[Path, typer.Option(help="Pool directory to write; OUT.work keeps finished stages.")],
-    base: Annotated[str, typer.Option(help="Base directory, or a hub id in the local cache.")],
+    base: Annotated[str, typer.Option(help=BASE_HELP)],
     base_id: Annotated[str | None, typer.Option(help="The base's name in the pool; unset: its own.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the pool; unset: the name of OUT.")] = None,
-    copy_base: Annotated[bool, typer.Option(help="Copy a base directory into the pool.")] = True,
+    copy_base: Annotated[bool, typer.Option(help="Copy a base folder or GGUF file into the pool.")] = True,
     encoder: Annotated[
         str | None, typer.Option(help="Embedder directory or cached hub id; unset: one is trained.")
     ] = None,
@@ -48,7 +49,7 @@ def build(
 
     options = BuildOptions(
         base=base,
-        base_id=base_id or Path(base).resolve().name,
+        base_id=base_id,
         name=name or out.resolve().name,
         copy_base=copy_base,
         encoder=encoder,

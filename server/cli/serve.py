@@ -29,7 +29,10 @@ def serve(
     pool: Annotated[
         Path | None, typer.Option(help="Pool directory; default: the embedded demo pool.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model in place of the pool's.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base in place of the pool's: a model folder, a GGUF file, a package with one."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     quantization: Annotated[str | None, typer.Option(help="auto, none or nf4.")] = None,

@@ -11,6 +11,7 @@ from loramux.server.cli.embedder import embedder
 from loramux.server.cli.rows import Rows
 from loramux.server.cli.train_lora import dora, lora
 from loramux.server.cli.train_mixture import loracoe, loramoe, mixlora
+from loramux.server.cli.training_options import BASE_HELP
 
 app = typer.Typer(
     help="Train a base, an expert, a sparse model or an embedder on JSONL rows.", no_args_is_help=True
@@ -58,8 +59,10 @@ def base(
 def expert(
     data: Rows,
     out: Out,
-    base: Annotated[str, typer.Option(help="Base directory, or a hub id in the local cache.")],
-    base_id: Annotated[str | None, typer.Option(help="Name of the base to write; unset: --base.")] = None,
+    base: Annotated[str, typer.Option(help=BASE_HELP)],
+    base_id: Annotated[
+        str | None, typer.Option(help="Name of the base to write; unset: its own, or --base.")
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank.")] = 8,
     alpha: Annotated[float, typer.Option(min=1e-6, help="LoRA alpha; the scale is alpha / rank.")] = 16.0,
     targets: Annotated[
@@ -79,10 +82,10 @@ def expert(
     from loramux.adapters.training.expert import (
         ALL_PROJECTIONS,
         ExpertOptions,
-        base_hash,
         train_expert,
     )
     from loramux.adapters.training.rows import read_rows, split_held_out
+    from loramux.server.base_files import BaseFiles
     from loramux.server.pool.training_base import load_training_base
 
     options = ExpertOptions(
@@ -97,7 +100,8 @@ def expert(
         seed=seed,
     )
     kept, unseen = split_held_out(read_rows(data), held_out)
-    model, tokenizer = load_training_base(base, quantization=quantization, device=device)
+    files = BaseFiles.locate(base)
+    model, tokenizer = load_training_base(files.folder, quantization=quantization, device=device)
     report = train_expert(
         model,
         tokenizer,
@@ -105,8 +109,8 @@ def expert(
         unseen,
         out,
         options,
-        base_id=base_id or base,
-        base_hash=base_hash(Path(base)),
+        base_id=base_id or files.id or base,
+        base_hash=files.hash,
         label=out.name,
     )
     gain = ""

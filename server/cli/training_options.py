@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loramux.adapters.training.rows import Row
 
 Option = typer.Option
+BASE_HELP = "Base: a model folder, a GGUF file, an installed package with one, or a cached hub id."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,10 @@ class Common:
 
     data: Rows
     out: Annotated[Path, Option(help="Directory to write.")]
-    base: Annotated[str, Option(help="Base directory, or a hub id in the local cache.")]
-    base_id: Annotated[str | None, Option(help="Name of the base to write; unset: --base.")] = None
+    base: Annotated[str, Option(help=BASE_HELP)]
+    base_id: Annotated[str | None, Option(help="Name of the base to write; unset: its own, or --base.")] = (
+        None
+    )
     rank: Annotated[int, Option(min=1, help="LoRA rank, of each expert where there are several.")] = 8
     alpha: Annotated[float, Option(min=1e-6, help="LoRA alpha; the scale is alpha / rank.")] = 16.0
     dropout: Annotated[float, Option(min=0.0, max=0.99, help="Of what goes into a LoRA.")] = 0.0
@@ -110,14 +113,15 @@ def prepare(common: Common) -> Prepared:
     Raises:
         RowError, OptionError, StartError: as the options show.
     """
-    from loramux.adapters.training.expert import base_hash
     from loramux.adapters.training.rows import read_rows, split_held_out
+    from loramux.server.base_files import BaseFiles
     from loramux.server.pool.training_base import load_training_base
 
     kept, unseen = split_held_out(read_rows(common.data), common.held_out)
-    model, tokenizer = load_training_base(common.base, quantization=common.quantization, device=common.device)
-    base_id = common.base_id or common.base
-    return Prepared(model, tokenizer, kept, unseen, base_id, base_hash(Path(common.base)))
+    base = BaseFiles.locate(common.base)
+    model, tokenizer = load_training_base(base.folder, quantization=common.quantization, device=common.device)
+    base_id = common.base_id or base.id or common.base
+    return Prepared(model, tokenizer, kept, unseen, base_id, base.hash)
 
 
 def gain(before: float | None, after: float | None) -> str:

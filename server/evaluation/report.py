@@ -17,6 +17,7 @@ from loramux.adapters.training.chat import encode_rows
 from loramux.adapters.training.rows import Row, read_rows
 from loramux.router.decision import STRATEGIES, Decision
 from loramux.router.store import load_router
+from loramux.server.base_files import BaseFiles
 from loramux.server.engine.model import load_base
 from loramux.server.errors import StartError
 from loramux.server.evaluation.losses import DomainLoss, Losses
@@ -99,8 +100,9 @@ def evaluate(
         served = decisions if strategy == SERVED else served
     losses: dict[str, DomainLoss] = {}
     if loss_rows:
-        model = load_base(pool.base_location, device="cpu")
-        tokenizer = AutoTokenizer.from_pretrained(pool.base_location, local_files_only=True)
+        base = BaseFiles.locate(pool.base_location, content=pool.base_content)
+        model = load_base(base.folder, device="cpu")
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, local_files_only=True)
         experts = read_experts(pool, BaseShapes.from_model(model, pool.manifest.base.id))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         measure = Losses(model, experts, pad)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loramux.adapters.training.expert import ExpertOptions, ExpertReport, base_hash, train_expert
+from loramux.adapters.training.expert import ExpertOptions, ExpertReport, train_expert
 from loramux.adapters.training.rows import Row, read_rows, split_held_out, user_text
 from loramux.router.encoder import Encoded, Encoder
 from loramux.router.encoder_files import locate
@@ -18,6 +18,8 @@ from loramux.router.fit.router import RouterFitOptions, fit_router
 from loramux.router.router import Router
 from loramux.router.state import RouterState
 from loramux.router.store import save_router
+from loramux.server.base_files import BaseFiles
+from loramux.server.engine.gguf.folder import SOURCE_FILE
 from loramux.server.pool.build_report import BuildReport, ExpertLine, write_report
 from loramux.server.pool.clustering import Clustering, Embedded, cluster, embed, trained_encoder
 from loramux.server.pool.manifest import (
@@ -41,6 +43,7 @@ _BASE_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "model.safetensors.index.json",
+    SOURCE_FILE,
 )
 
 
@@ -48,14 +51,15 @@ _BASE_FILES = (
 class BuildOptions:
     """How a pool is built.
 
-    base: a directory or a hub id in the local cache. base_id: what the pool calls it. copy_base: put a base
-    directory into the pool; otherwise its absolute path is recorded. encoder: a directory or a cached hub id;
-    None trains one on the rows. experts: number of clusters asked for; those with fewer than `min_rows` rows
-    are dissolved. held_out: fraction of the rows that nothing is trained on.
+    base: a model folder, a GGUF file, an installed package with one, or a hub id in the local cache. base_id:
+    what the pool calls it; None: what it calls itself, or the name of its folder. copy_base: put a folder or
+    file into the pool; otherwise its absolute path is recorded (packages and hub ids are named). encoder: a
+    directory or a cached hub id; None trains one on the rows. experts: number of clusters asked for; those
+    with fewer than `min_rows` rows are dissolved. held_out: fraction of the rows that nothing is trained on.
     """
 
     base: str
-    base_id: str
+    base_id: str | None = None
     name: str = "pool"
     copy_base: bool = True
     encoder: str | None = None
@@ -89,8 +93,10 @@ def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildR
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise PoolError(f"{out}: exists and is no pool; choose another directory")
     rows, held = split_held_out(read_rows(data), options.held_out)
+    base = BaseFiles.locate(options.base)
+    base_id = options.base_id or base.id or Path(options.base).resolve().name
     model, tokenizer = load_training_base(
-        options.base, quantization=options.quantization, device=options.device
+        base.folder, quantization=options.quantization, device=options.device
     )
     stages = Stages(out.with_name(out.name + ".work"))
     location: str | Path = options.encoder or trained_encoder(
@@ -108,7 +114,6 @@ def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildR
         min_rows=options.min_rows,
         stages=stages,
     )
-    base = base_hash(Path(options.base))
     reports = [
         train_expert(
             model,
@@ -117,8 +122,8 @@ def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildR
             _of(held, clustering.held_labels == number),
             stages.folder / "experts" / name,
             options.expert,
-            base_id=options.base_id,
-            base_hash=base,
+            base_id=base_id,
+            base_hash=base.hash,
             label=f"expert {number + 1}/{len(clustering.ids)} {name}",
         )
         for number, name in enumerate(clustering.ids)
@@ -126,7 +131,7 @@ def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildR
     state = fit_router(kept_vectors.texts, clustering.labels, clustering.ids, encoder.spec, options.router)
     routed = _routed(Router(state, encoder), held, held_vectors, clustering)
     report = _report(rows, held, clustering, reports, routed)
-    _assemble(out, stages.folder, options, location, state, report)
+    _assemble(out, stages.folder, options, base, base_id, location, state, report)
     return report
 
 
@@ -182,6 +187,8 @@ def _assemble(
     out: Path,
     work: Path,
     options: BuildOptions,
+    base: BaseFiles,
+    base_id: str,
     encoder: str | Path,
     state: RouterState,
     report: BuildReport,
@@ -191,7 +198,7 @@ def _assemble(
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
-    base_path = _base_path(options, partial)
+    base_path = _base_path(base, partial, copy=options.copy_base)
     for line in report.experts:
         _copy_tree(work / "experts" / line.id, partial / "experts" / line.id)
     folder, hub_id = locate(encoder)
@@ -203,7 +210,7 @@ def _assemble(
         format="loramux-pool",
         version=1,
         name=options.name,
-        base=BaseEntry(id=options.base_id, path=base_path),
+        base=BaseEntry(base_id, base_path, f"sha256:{base.content}" if base.content else None),
         experts=tuple(
             ExpertEntry(
                 id=line.id,
@@ -234,14 +241,19 @@ def _copy_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=shutil.copyfile)
 
 
-def _base_path(options: BuildOptions, pool: Path) -> str:
-    """Copy the base into the pool where asked; what `base.path` is then."""
-    folder, hub_id = locate(options.base)
+def _base_path(base: BaseFiles, pool: Path, *, copy: bool) -> str:
+    """Put the base into the pool where asked; what `base.path` is then."""
+    if base.gguf is not None and not Path(base.given).exists():
+        return base.given  # a package, which is there under its name wherever it is installed
+    folder, hub_id = locate(base.folder)
     if hub_id is not None:
         return hub_id
-    if not options.copy_base:
-        return str(folder.resolve())
+    if not copy:
+        return str((base.gguf or folder).resolve())
     (pool / "base").mkdir()
+    if base.gguf is not None:
+        shutil.copyfile(base.gguf, pool / "base" / f"{base.gguf.name.removesuffix('.gguf')}.gguf")
+        return "base"
     for file in sorted(folder.iterdir()):
         if file.name in _BASE_FILES or (file.suffix == ".safetensors" and file.is_file()):
             shutil.copyfile(file, pool / "base" / file.name)

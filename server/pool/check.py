@@ -10,6 +10,8 @@ from loramux.adapters.peft_format import read_lora
 from loramux.router.encoder_files import locate
 from loramux.router.errors import RouterError
 from loramux.router.store import load_router
+from loramux.server.base_files import BaseFiles
+from loramux.server.errors import StartError
 from loramux.server.pool.manifest import Pool, PoolError, read_pool, verify
 from loramux.server.pool.sparse import read_entry
 
@@ -18,11 +20,12 @@ def base_shapes(pool: Pool) -> BaseShapes:
     """The linear modules of the pool's base, read from its `config.json`.
 
     Raises:
-        PoolError: the base is not found.
+        StartError: the base is not found, or its content is not the pool's.
         BaseMismatchError: it is no causal language model.
     """
+    base = BaseFiles.locate(pool.base_location, content=pool.base_content)
     try:
-        folder, _ = locate(pool.base_location)
+        folder, _ = locate(base.folder)
     except RouterError:
         raise PoolError(f"base {pool.base_location!r}: neither a directory nor a cached model") from None
     return BaseShapes.from_config_dir(folder, pool.manifest.base.id)
@@ -38,7 +41,7 @@ def check_pool(root: Path) -> list[str]:
     problems = verify(root)
     try:
         shapes = base_shapes(pool)
-    except (PoolError, AdapterError) as error:
+    except (StartError, AdapterError) as error:
         problems.append(str(error))
     else:
         for entry in pool.manifest.experts:

@@ -16,6 +16,7 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 from loramux.adapters.sparse.kind import Kind
 from loramux.adapters.sparse.options import ReadOptions
 from loramux.server.errors import StartError
+from loramux.server.gguf_path import package_folder
 
 MANIFEST = "pool.json"
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -33,10 +34,13 @@ class PoolError(StartError):
 @with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class BaseEntry:
-    """The base: its model id, and a path relative to the pool, an absolute path, or a cached hub id."""
+    """The base: its model id, and where it is: a path relative to the pool, an absolute path, an installed
+    package or a cached hub id. Of a GGUF base also the hash of the file, which no other may stand in for.
+    """
 
     id: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     path: RelativePath
+    hash: FileHash | None = None
 
 
 @with_config(_STRICT)
@@ -117,7 +121,7 @@ class Pool:
 
     @property
     def base_location(self) -> str:
-        """Where the base is: a path, or a hub id for the local cache.
+        """Where the base is: a path, an installed package, or a hub id for the local cache.
 
         An absolute path is the operator's own choice and is taken as it is.
 
@@ -128,11 +132,19 @@ class Pool:
         if PurePosixPath(given).is_absolute():
             return given
         path = self.inside(given)
-        if path.is_dir():
+        if path.exists():
             return str(path)
-        if _HUB_ID.fullmatch(given):
+        if _HUB_ID.fullmatch(given) or package_folder(given) is not None:
             return given
-        raise PoolError(f"{self.root / MANIFEST}: base.path {given!r} is no directory of the pool")
+        raise PoolError(
+            f"{self.root / MANIFEST}: base.path {given!r} is no directory of the pool, no file of it, and no "
+            "installed package"
+        )
+
+    @property
+    def base_content(self) -> str | None:
+        """SHA-256 that the base's GGUF file has to have, in hex."""
+        return self.manifest.base.hash and self.manifest.base.hash.removeprefix("sha256:")
 
     @property
     def router_dir(self) -> Path:
