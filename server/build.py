@@ -27,7 +27,7 @@ from loramux.adapters.sparse.read import read_sparse
 from loramux.adapters.sparse.recognise import is_sparse
 from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.slot import SparseSlot, place
-from loramux.kernels.packed_linear import pack_linears
+from loramux.kernels.packed_linear import pack_linears, store_weights
 from loramux.router.service import RoutingService
 from loramux.server.admin import AdapterAdmin
 from loramux.server.catalog import Catalog
@@ -210,15 +210,24 @@ def load_model(location: str, target: Target, budget: Budget) -> PreTrainedModel
     Raises:
         StartError: a file is missing or damaged.
     """
+    kinds = target.kinds
     try:
         model = load_base(
-            location, dtype=target.dtype_name, quantization=target.quantization, device=str(target.device)
+            location,
+            dtype=target.dtype_name if kinds is None else "stored",
+            quantization="none" if kinds is not None else target.quantization,
+            device=str(target.device),
         )
     except BaseModelError as error:
         raise StartError(str(error)) from None
+    if target.why:
+        log.info("base: %s", target.why)
+    if kinds is not None:
+        store_weights(model, kinds)
+    else:
+        pack_linears(model)
     held = loaded_bytes(model)
     log.info("base: %s estimated, %s loaded", size_text(budget.base), size_text(held))
-    pack_linears(model)
     return model
 
 

@@ -12,7 +12,9 @@ from loramux.adapters.arena import row_bytes
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.peft_tensors import StackShape
 from loramux.adapters.sparse.read import SparseSize
+from loramux.kernels.packed_linear import Kinds
 from loramux.server.engine.local import EngineLimits
+from loramux.server.engine.weights import QUANTIZED
 from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint, Target
 from loramux.server.memory.room import Room
@@ -67,6 +69,7 @@ class Wish:
 
     dtype: torch.dtype
     quantization: str
+    kinds: Kinds | None
     slot_bytes: int
     kv_tokens: int | None
     step_tokens: int
@@ -143,6 +146,11 @@ class _Planner:
         return self.target.device.type == "cpu"
 
     @property
+    def smallest(self) -> str:
+        """The quantization that takes least."""
+        return "int4" if self.one_memory else "nf4"
+
+    @property
     def share(self) -> float:
         return SHARE[self.target.device.type]
 
@@ -171,6 +179,7 @@ class _Planner:
         return Wish(
             dtype=self.target.dtype,
             quantization=self.target.quantization,
+            kinds=self.target.kinds,
             slot_bytes=rows * unit,
             kv_tokens=engine.kv_tokens,
             step_tokens=engine.max_batch_tokens,
@@ -183,7 +192,7 @@ class _Planner:
         return row_bytes(self.sizes.shapes, dtype)
 
     def base(self, wish: Wish) -> int:
-        return self.sizes.blueprint.weight_bytes(wish.dtype, wish.quantization)
+        return self.sizes.blueprint.weight_bytes(wish.dtype, wish.quantization, wish.kinds)
 
     def pool(self, wish: Wish) -> int:
         return self.sizes.pool_bytes(wish.dtype, pinned=not self.one_memory)
@@ -257,7 +266,7 @@ class _Planner:
             f"any one of these makes it fit: {', '.join(ways)}"
             if ways
             else "no one setting makes it fit: lower residency.bytes, engine.kv_tokens, "
-            "engine.max_batch_tokens and engine.max_running, set quantization to nf4, or take a smaller base"
+            f"engine.max_batch_tokens and engine.max_running, set quantization to {self.smallest}, or take a smaller base"
         )
         free = f"{size_text(self.device.free)} are free on {self.device.name}"
         return f"{size_text(needed)} of memory are needed, {free} ({listed}); {advice}"
@@ -271,7 +280,7 @@ class _Planner:
         if wish.slot_bytes - deficit >= largest * self.unit(wish.dtype):
             ways.append(f"residency.bytes at most {wish.slot_bytes - deficit}")
         others = {
-            "quantization: nf4": replace(wish, quantization="nf4"),
+            f"quantization: {self.smallest}": self._quantized(wish),
             "dtype: bfloat16": self._narrowed(wish),
             "engine.max_batch_tokens: 64": replace(wish, step_tokens=min(64, wish.step_tokens)),
             "engine.max_running: 4": replace(wish, running=min(4, wish.running)),
@@ -279,10 +288,13 @@ class _Planner:
         }
         return ways + [way for way, other in others.items() if self.deficit(other) <= 0]
 
+    def _quantized(self, wish: Wish) -> Wish:
+        return replace(wish, quantization=self.smallest, kinds=QUANTIZED.get(self.smallest))
+
     def _narrowed(self, wish: Wish) -> Wish:
         if wish.dtype != torch.float32:
             return wish
-        return replace(wish, dtype=torch.bfloat16, slot_bytes=wish.slot_bytes // 2)
+        return replace(wish, dtype=torch.bfloat16, kinds=None, slot_bytes=wish.slot_bytes // 2)
 
     def check_host(self, wish: Wish) -> None:
         """Beside a GPU, the pool must fit into the machine's own memory.
@@ -302,7 +314,9 @@ class _Planner:
         tokens = wish.kv_tokens or min(wish.running * blueprint.positions, self.tokens_that_fit(wish))
         rows = wish.slot_bytes // self.unit(wish.dtype)
         gathered = blueprint.gathered_token_bytes(wish.dtype, wish.step_tokens)
-        kind = wish.quantization if wish.quantization != "none" else self.target.dtype_name
+        kind = wish.quantization
+        if kind == "none":
+            kind = str(wish.kinds.linear) if wish.kinds is not None else self.target.dtype_name
         return Budget(
             device=self.device,
             host=None if self.one_memory else self.host,

@@ -14,6 +14,7 @@ from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.peft_format import measure_lora, read_lora, write_lora
 from loramux.adapters.sparse.model import Kind
 from loramux.adapters.sparse.read import SparseSize
+from loramux.server.engine.weights import QUANTIZED
 from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint, Target
 from loramux.server.memory.budget import OVERHEAD, SHARE, Budget, Sizes, plan_budget, size_text
@@ -158,7 +159,7 @@ def test_each_way_out_of_a_refusal_leads_out(
         if key == "dtype":
             chosen = Target(target.device, getattr(torch, value), target.quantization)
         elif key == "quantization":
-            chosen = Target(target.device, target.dtype, value)
+            chosen = Target(target.device, target.dtype, value, QUANTIZED.get(value))
         else:
             section, name = key.split(".")
             changed.setdefault(section, {})[name] = yaml.safe_load(value)
