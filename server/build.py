@@ -31,6 +31,7 @@ from loramux.kernels.packed_linear import pack_linears, store_weights
 from loramux.router.service import RoutingService
 from loramux.server.admin import AdapterAdmin
 from loramux.server.catalog import Catalog
+from loramux.server.engine.lean import make_lean
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import BaseModelError, load_base
 from loramux.server.engine.protocol import Engine
@@ -226,6 +227,8 @@ def load_model(location: str, target: Target, budget: Budget) -> PreTrainedModel
         store_weights(model, kinds)
     else:
         pack_linears(model)
+    if target.device.type == "cpu" and target.dtype == torch.float32:
+        make_lean(model)
     held = loaded_bytes(model)
     log.info("base: %s estimated, %s loaded", size_text(budget.base), size_text(held))
     return model

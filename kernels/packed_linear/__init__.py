@@ -1,7 +1,7 @@
 """`y = x Wᵀ + b` on a CPU for the few tokens of a decode step, which waits for W to come from memory.
 
-Either W is laid out once for the processor in float32 (`pack_linears`), or it stays as it is stored, in 16, 8 or 4
-bits, and is widened in registers (`store_weights`).
+Either W is laid out once for the processor in float32 (`pack_linears`), or it stays as it is stored, in 16, 8
+or 4 bits, and is widened in registers (`store_weights`).
 """
 
 from loramux.kernels.packed_linear.kinds import Kind, Packed, pack, unpack

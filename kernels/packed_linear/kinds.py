@@ -1,5 +1,5 @@
-"""The ways in which a matrix may be stored, and their plain form in torch: what the compiled kernels are tested
-against."""
+"""The ways in which a matrix may be stored, and their plain form in torch: what the compiled kernels are
+tested against."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -15,9 +15,9 @@ BLOCK = 32
 class Kind(StrEnum):
     """How a matrix is stored.
 
-    `Q8_0`, `Q4_0` and `Q4_1` are GGUF's: blocks of 32 values of a row, as they lie in the file. Scales (d, m) are
-    float16 and come first; of 16 bytes of nibbles, the low ones are the first 16 values. `INT8` has one float32
-    scale a row.
+    `Q8_0`, `Q4_0` and `Q4_1` are GGUF's: blocks of 32 values of a row, as they lie in the file. Scales (d, m)
+    are float16 and come first; of 16 bytes of nibbles, the low ones are the first 16 values. `INT8` has one
+    float32 scale a row.
     """
 
     BF16 = "bf16"
@@ -88,8 +88,8 @@ class Packed:
 def pack(weight: Tensor, kind: Kind) -> Packed:
     """Store a matrix [rows, columns] of any floating type.
 
-    `BF16` of a bfloat16 matrix and `F16` of a float16 one whose rows are whole blocks keep its memory. 4 and 8 bits
-    are rounded to the nearest.
+    `BF16` of a bfloat16 matrix and `F16` of a float16 one whose rows are whole blocks keep its memory. 4 and
+    8 bits are rounded to the nearest.
     """
     rows, columns = weight.shape
     if kind in (Kind.BF16, Kind.F16):
@@ -155,7 +155,7 @@ def _q8_0(blocks: Tensor) -> Tensor:
 
 
 def _q4_0(blocks: Tensor) -> Tensor:
-    # The value furthest from zero becomes -8, whatever its sign: one level more than 7 to either side would have.
+    # The value furthest from zero becomes -8, whatever its sign: there are levels from -8 to 7.
     furthest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))[..., 0]
     d = (furthest / -8).half()
     numbers = (blocks / _or_one(d.float())[..., None]).round_().add_(8).clamp_(0, 15)

@@ -46,8 +46,8 @@ def storable(model: nn.Module, kinds: Kinds) -> list[Place]:
 def store_weights(model: nn.Module, kinds: Kinds) -> int:
     """Replace linear layers and embeddings of a frozen model on the CPU; returns how many.
 
-    What remains (norms, biases, buffers) becomes float32, in which the layers compute. Layers are packed one by
-    one, and give up what they had before; tied ones share one matrix.
+    What remains (norms, biases, buffers) becomes float32, in which the layers compute. Layers are packed one
+    by one, and give up what they had before; tied ones share one matrix.
     """
     places = storable(model, kinds)
     uses = Counter(id(place.layer.weight) for place in places)

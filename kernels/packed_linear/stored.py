@@ -1,4 +1,5 @@
-"""Layers whose weights stay as they are stored: a step reads two to seven times fewer bytes than in float32."""
+"""Layers whose weights stay as they are stored: a step reads two to seven times fewer bytes than in
+float32."""
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,8 @@ _PIECE = 2**20
 
 
 class StoredLinear(nn.Linear):
-    """`y = x Wᵀ + b` in float32 with W as it is stored; y has the type of x. Frozen, and without a gradient for
-    x. Its weight tells its shape and has no elements.
+    """`y = x Wᵀ + b` in float32 with W as it is stored; y has the type of x. Frozen, and without a gradient
+    for x. Its weight tells its shape and has no elements.
 
     Without the compiled library, weights are widened by torch in every call.
     """

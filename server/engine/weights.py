@@ -6,8 +6,8 @@ import torch
 
 from loramux.kernels.packed_linear import Kind, Kinds, library, time_one_token
 
-#: Quantizations that are made when a base is loaded. The head and the embeddings, which are the same matrix in many
-#: models, decide about every token and have 8 bits at least.
+#: Quantizations that are made when a base is loaded. The head and the embeddings, which are the same matrix in
+#: many models, decide about every token and have 8 bits at least.
 QUANTIZED = {
     "int8": Kinds(Kind.INT8, Kind.INT8),
     "int4": Kinds(Kind.Q4_1, Kind.Q8_0),
@@ -29,9 +29,9 @@ class Choice(NamedTuple):
 def choose_weights(stored: torch.dtype | None, shape: tuple[int, int], *, large: bool = False) -> Choice:
     """For a base that computes in float32 and nothing more was asked for.
 
-    Weights of 16 bits are widened in registers, which is exact, where that is faster than reading float32: this is
-    measured with one token at a matrix of `shape` (rows, columns). A `large` base stays as it is stored unless it
-    is much slower for it: float32 would take twice the memory.
+    Weights of 16 bits are widened in registers, which is exact, where that is faster than reading float32: this
+    is measured with one token at a matrix of `shape` (rows, columns). A `large` base stays as it is stored
+    unless it is much slower for it: float32 would take twice the memory.
     """
     kinds = HALVES.get(stored) if stored is not None else None
     if kinds is None:
@@ -43,7 +43,7 @@ def choose_weights(stored: torch.dtype | None, shape: tuple[int, int], *, large:
     keep = timing.stored < timing.plain * (2 if large else 1)
     what = f"weights stay {name}, widened in registers" if keep else "weights are widened to float32 once"
     why = (
-        f"{what}: one token times a matrix of {timing.rows} x {timing.columns} takes {1e6 * timing.stored:.0f} µs "
-        f"as stored, {1e6 * timing.plain:.0f} in float32"
+        f"{what}: one token times a matrix of {timing.rows} x {timing.columns} takes "
+        f"{1e6 * timing.stored:.0f} µs as stored, {1e6 * timing.plain:.0f} in float32"
     )
     return Choice(kinds if keep else None, why)

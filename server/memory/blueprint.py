@@ -96,8 +96,8 @@ class Blueprint:
         if chosen in QUANTIZED:
             if where.type != "cpu" or dtype not in ("auto", "float32"):
                 raise StartError(
-                    f"quantization {chosen} is for a CPU and computes in float32, not for {where} in {dtype}; "
-                    "take nf4 there"
+                    f"quantization {chosen} is for a CPU and computes in float32, not for {where} "
+                    f"in {dtype}; take nf4 there"
                 )
             if getattr(config, "quantization_config", None) is not None:
                 raise StartError(
@@ -131,8 +131,8 @@ class Blueprint:
     def weight_bytes(self, dtype: torch.dtype, quantization: str, kinds: Kinds | None = None) -> int:
         """Bytes of parameters and buffers once loaded.
 
-        With `kinds` linear layers and embeddings are held so, and the rest in float32. With nf4 the linear layers
-        are packed and embeddings, norms, biases and the output head keep `dtype`.
+        With `kinds` linear layers and embeddings are held so, and the rest in float32. With nf4 the linear
+        layers are packed and embeddings, norms, biases and the output head keep `dtype`.
         A checkpoint that is quantised already is loaded as it is stored, so it weighs what its files do.
         """
         if getattr(self._model.config, "quantization_config", None) is not None:

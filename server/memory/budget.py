@@ -266,7 +266,8 @@ class _Planner:
             f"any one of these makes it fit: {', '.join(ways)}"
             if ways
             else "no one setting makes it fit: lower residency.bytes, engine.kv_tokens, "
-            f"engine.max_batch_tokens and engine.max_running, set quantization to {self.smallest}, or take a smaller base"
+            f"engine.max_batch_tokens and engine.max_running, set quantization to {self.smallest}, "
+            "or take a smaller base"
         )
         free = f"{size_text(self.device.free)} are free on {self.device.name}"
         return f"{size_text(needed)} of memory are needed, {free} ({listed}); {advice}"

@@ -34,6 +34,12 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+def summed(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """The sizes of what is added up, of which little may remain."""
+    total = x.double().abs() @ unpack(packed).double().abs().T
+    return total if bias is None else total + bias.double().abs()
+
+
 @native
 @pytest.mark.parametrize("instructions", instruction_sets())
 @pytest.mark.parametrize("kind", Kind)

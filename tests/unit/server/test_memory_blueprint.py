@@ -61,7 +61,7 @@ def test_the_estimate_knows_weights_at_their_size(
 ) -> None:
     faster = Timing(1, 1, plain=2.0, stored=1.0)
     monkeypatch.setattr("loramux.server.engine.weights.time_one_token", lambda *_: faster)
-    monkeypatch.setattr("loramux.server.engine.weights.library", lambda: object())
+    monkeypatch.setattr("loramux.server.engine.weights.library", object)
     BASES[base]().to(getattr(torch, stored)).save_pretrained(tmp_path)
     blueprint = Blueprint.read(str(tmp_path))
     target = blueprint.target(device="cpu", dtype="auto", quantization=quantization)
