@@ -27,14 +27,13 @@ from loramux.adapters.sparse.read import read_sparse
 from loramux.adapters.sparse.recognise import is_sparse
 from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.slot import SparseSlot, place
-from loramux.kernels.packed_linear import pack_linears, store_weights
 from loramux.router.service import RoutingService
 from loramux.server.admin import AdapterAdmin
 from loramux.server.catalog import Catalog
-from loramux.server.engine.lean import make_lean
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import BaseModelError, load_base
 from loramux.server.engine.protocol import Engine
+from loramux.server.engine.weights import prepare
 from loramux.server.errors import StartError
 from loramux.server.intake import Intake
 from loramux.server.leases import Leases
@@ -223,12 +222,7 @@ def load_model(location: str, target: Target, budget: Budget) -> PreTrainedModel
         raise StartError(str(error)) from None
     if target.why:
         log.info("base: %s", target.why)
-    if kinds is not None:
-        store_weights(model, kinds)
-    else:
-        pack_linears(model)
-    if target.device.type == "cpu" and target.dtype == torch.float32:
-        make_lean(model)
+    prepare(model, target.device, target.dtype, kinds)
     held = loaded_bytes(model)
     log.info("base: %s estimated, %s loaded", size_text(budget.base), size_text(held))
     return model

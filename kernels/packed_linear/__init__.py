@@ -5,7 +5,7 @@ or 4 bits, and is widened in registers (`store_weights`).
 """
 
 from loramux.kernels.packed_linear.kinds import Kind, Packed, pack, unpack
-from loramux.kernels.packed_linear.measure import Timing, time_one_token
+from loramux.kernels.packed_linear.measure import Timing, time_product
 from loramux.kernels.packed_linear.native import Instructions, instruction_sets, library
 from loramux.kernels.packed_linear.onednn import PackedLinear, can_pack, pack_linears
 from loramux.kernels.packed_linear.store import Kinds, storable, store_weights
@@ -27,6 +27,6 @@ __all__ = [
     "pack_linears",
     "storable",
     "store_weights",
-    "time_one_token",
+    "time_product",
     "unpack",
 ]

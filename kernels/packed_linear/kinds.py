@@ -1,6 +1,7 @@
 """The ways in which a matrix may be stored, and their plain form in torch: what the compiled kernels are
 tested against."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -100,8 +101,7 @@ def pack(weight: Tensor, kind: Kind) -> Packed:
         numbers = (_filled(weight.float()) / scales[:, None]).round_().to(torch.int8)
         return Packed(kind, columns, numbers.view(torch.uint8), scales)
     blocks = _filled(weight.float()).view(rows, -1, BLOCK)
-    make = {Kind.Q8_0: _q8_0, Kind.Q4_0: _q4_0, Kind.Q4_1: _q4_1}[kind]
-    return Packed(kind, columns, make(blocks).reshape(rows, -1).contiguous())
+    return Packed(kind, columns, _PACK[kind](blocks).reshape(rows, -1).contiguous())
 
 
 @torch.no_grad()
@@ -169,7 +169,8 @@ def _q4_1(blocks: Tensor) -> Tensor:
     return torch.cat([_bytes(d), _bytes(m), _nibbles(numbers)], dim=-1)
 
 
-_UNPACK = {
+_PACK: dict[Kind, Callable[[Tensor], Tensor]] = {Kind.Q8_0: _q8_0, Kind.Q4_0: _q4_0, Kind.Q4_1: _q4_1}
+_UNPACK: dict[Kind, Callable[[Tensor], Tensor]] = {
     Kind.Q8_0: lambda b: _half(b, 0) * b[..., 2:].view(torch.int8).float(),
     Kind.Q4_0: lambda b: _half(b, 0) * (_numbers(b[..., 2:]) - 8),
     Kind.Q4_1: lambda b: _half(b, 0) * _numbers(b[..., 4:]) + _half(b, 2),

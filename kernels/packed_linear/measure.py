@@ -1,7 +1,7 @@
 """What a form of a layer gains on this machine, measured on a matrix that no cache holds."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ _VALUES = 2**21
 
 
 class Timing(NamedTuple):
-    """Seconds that one token takes at a matrix of this shape, in float32 and as it is stored."""
+    """Seconds that some tokens take at a matrix of this shape, in float32 and as it is stored."""
 
     rows: int
     columns: int
@@ -27,19 +27,20 @@ class Timing(NamedTuple):
 
 
 @torch.inference_mode()
-def time_one_token(rows: int, columns: int, kind: Kind) -> Timing:
+def time_product(rows: int, columns: int, kind: Kind, tokens: int = 1) -> Timing:
     """Measure both forms in turns; takes about a tenth of a second and 75 MB. The library must be there."""
     rows = max(1, min(rows, _VALUES // columns))
     copies = max(2, _BYTES // (4 * rows * columns))
-    x = torch.ones(1, columns)
+    x = torch.ones(tokens, columns)
     stride = -(-columns // BLOCK) * kind.block_bytes
     scales = torch.ones(rows) if kind is Kind.INT8 else None
     data = [torch.zeros(rows, stride, dtype=torch.uint8).fill_(1) for _ in range(copies)]
     stored = [NativeMatrix(Packed(kind, columns, one, scales)).multiply for one in data]
     plain = [_plain(torch.full((rows, columns), 0.01)) for _ in range(copies)]
     best = [float("inf"), float("inf")]
+    forms: tuple[Sequence[Callable[[Tensor], Tensor]], ...] = (plain, stored)
     for _ in range(4):
-        for place, layers in enumerate((plain, stored)):
+        for place, layers in enumerate(forms):
             started = time.perf_counter()
             for layer in layers:
                 layer(x)

@@ -31,8 +31,9 @@ class StoredLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = packed.columns, packed.rows
         self.packed = packed
-        self.weight = torch.empty(packed.rows, packed.columns, device="meta")  # type: ignore[assignment]
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+        self.weight = torch.empty(packed.rows, packed.columns, device="meta")
+        kept = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+        self.register_parameter("bias", kept)
         _hold(self, packed)
         self._native = None if library() is None else NativeMatrix(packed, self.bias, instructions)
 
@@ -65,7 +66,7 @@ class StoredEmbedding(nn.Embedding):
         self.num_embeddings, self.embedding_dim = packed.rows, packed.columns
         self.packed = packed
         self.scale = scale
-        self.weight = torch.empty(packed.rows, packed.columns, device="meta")  # type: ignore[assignment]
+        self.weight = torch.empty(packed.rows, packed.columns, device="meta")
         _hold(self, packed)
         self._native = None if library() is None else NativeMatrix(packed)
 

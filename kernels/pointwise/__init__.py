@@ -1,7 +1,7 @@
 """What lies between the products of a layer, on a CPU in float32: RMSNorm, rotary embedding, SwiGLU.
 
-One call each in C++ (`native.cpp`). A decode step of a small model consists of thousands of torch calls of a few
-microseconds; these take the place of about half of them. Callers check `library()`, types and layouts.
+One call each in C++ (`native.cpp`). A decode step of a small model consists of thousands of torch calls of a
+few microseconds; these take the place of about half of them. Callers check `library()`, types and layouts.
 """
 
 import ctypes

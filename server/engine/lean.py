@@ -1,14 +1,14 @@
 """Fewer calls a step: norms, rotary embeddings and gated activations of a base on the CPU as one call each.
 
-Modules stay where they are; those that do what one of our kernels does get a `forward` of their own. Whether they do
-is not told by their names but tried with random numbers, so that families need no list, and one that differs keeps
-its own code.
+Modules stay where they are; those that do what one of our kernels does get a `forward` of their own. Whether
+they do is not told by their names but tried with random numbers, so that families need no list, and one that
+differs keeps its own code.
 """
 
 import inspect
 from collections.abc import Callable
 from functools import cache
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def make_lean(model: nn.Module) -> int:
     for module in model.modules():
         made = _norm(module) or _feed_forward(module) or _attention(module)
         if made is not None:
-            module.forward = made  # type: ignore[method-assign]
+            module.forward = made
             count += 1
     return count
 
@@ -40,7 +40,9 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """RMSNorm, with its weight or, as Gemma has it, with one more."""
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if "RMSNorm" not in type(module).__name__ or not isinstance(epsilon, float) or not _usable(weight):
+    if "RMSNorm" not in type(module).__name__ or not isinstance(epsilon, float):
+        return None
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.dtype != torch.float32:
         return None
     x = 3 * torch.randn(3, weight.shape[0])
     for factor in (weight.detach(), weight.detach() + 1):
@@ -71,15 +73,15 @@ def _attention(module: nn.Module) -> Callable[..., Any] | None:
 
     Every call looks whether ours takes what it is given, and else leaves it to the family's.
     """
-    made = _with_our_rotary(type(module))
-    return None if made is None else made.__get__(module)  # type: ignore[no-any-return]
+    forward = inspect.unwrap(type(module).forward)
+    if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+        return None
+    made = _with_our_rotary(forward)
+    return None if made is None else MethodType(made, module)
 
 
 @cache
-def _with_our_rotary(kind: type[nn.Module]) -> FunctionType | None:
-    forward = inspect.unwrap(kind.forward)
-    if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
-        return None
+def _with_our_rotary(forward: FunctionType) -> FunctionType | None:
     theirs = forward.__globals__.get(ROTARY)
     if theirs is None or not _rotates_halves(theirs):
         return None
@@ -104,7 +106,7 @@ def _with_our_rotary(kind: type[nn.Module]) -> FunctionType | None:
 
 
 def _rotatable(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether x [1, heads, tokens, dim] lies as [tokens, heads, dim], and cos and sin [1, tokens, dim] fit."""
+    """Whether x [1, heads, tokens, dim] lies as [tokens, heads, dim]; cos and sin are [1, tokens, dim]."""
     return (
         x.shape[0] == 1
         and x.dtype == cos.dtype == torch.float32
@@ -126,15 +128,6 @@ def _rotates_halves(theirs: Callable[..., Any]) -> bool:
         return False
     found = [rotate_(x[0].transpose(0, 1).contiguous(), cos[0], sin[0]).transpose(0, 1) for x in (q, k)]
     return all(_equal(a, b[0]) for a, b in zip(found, expected, strict=True))
-
-
-def _usable(weight: object) -> bool:
-    return (
-        isinstance(weight, Tensor)
-        and weight.dim() == 1
-        and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-    )
 
 
 def _equal(found: Tensor, expected: Tensor) -> bool:

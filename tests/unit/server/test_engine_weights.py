@@ -15,7 +15,7 @@ from loramux.kernels.packed_linear import (
     Timing,
     library,
     store_weights,
-    time_one_token,
+    time_product,
     unpack,
 )
 from loramux.server.engine import weights
@@ -28,9 +28,7 @@ from tests.tiny import greedy, random_adapter, random_prompt, running, tiny_llam
 def timing(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Microseconds in float32 and as stored, which the measurement is made to find."""
     found = [10.0, 5.0]
-    monkeypatch.setattr(
-        weights, "time_one_token", lambda r, c, _: Timing(r, c, found[0] / 1e6, found[1] / 1e6)
-    )
+    monkeypatch.setattr(weights, "time_product", lambda r, c, _: Timing(r, c, found[0] / 1e6, found[1] / 1e6))
     monkeypatch.setattr(weights, "library", object)
     return found
 
@@ -61,7 +59,7 @@ def test_without_the_library_weights_are_plain(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(library() is None, reason="installed without a C++ compiler")
 def test_the_measurement_measures() -> None:
-    timing = time_one_token(100, 70, Kind.BF16)
+    timing = time_product(100, 70, Kind.BF16)
     assert timing[:2] == (100, 70)
     assert 0 < timing.stored < 1
     assert 0 < timing.plain < 1

@@ -60,7 +60,7 @@ def test_the_estimate_knows_weights_at_their_size(
     tmp_path: Path, base: str, stored: str, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faster = Timing(1, 1, plain=2.0, stored=1.0)
-    monkeypatch.setattr("loramux.server.engine.weights.time_one_token", lambda *_: faster)
+    monkeypatch.setattr("loramux.server.engine.weights.time_product", lambda *_: faster)
     monkeypatch.setattr("loramux.server.engine.weights.library", object)
     BASES[base]().to(getattr(torch, stored)).save_pretrained(tmp_path)
     blueprint = Blueprint.read(str(tmp_path))
