@@ -73,11 +73,17 @@ def build(settings: Settings) -> Parts:
     budget = make_budget(settings, pool, target, blueprint)
     model = load_model(location, target, budget)
     tokenizer = load_tokenizer(location)
-    read = partial(read_adapter, shapes=shapes, dtype=target.dtype, pinned=target.device.type == "cuda")
-    experts = read_experts(pool, shapes, target.dtype)
+    read = partial(
+        read_adapter,
+        shapes=shapes,
+        dtype=target.dtype,
+        factors=budget.factors,
+        pinned=target.device.type == "cuda",
+    )
+    experts = read_experts(pool, shapes, budget.factors)
     if target.device.type == "cuda":
         experts = {name: expert.pinned() for name, expert in experts.items()}
-    arena = Arena(shapes, budget.rows, dtype=target.dtype, device=model.device)
+    arena = Arena(shapes, budget.rows, dtype=budget.factors, device=model.device)
     residency = make_residency(settings, experts, arena)
     layers = AdapterLayers(model, arena)
     engine = make_engine(settings, model, layers, budget.kv_tokens)
@@ -277,9 +283,17 @@ def place_model(
 
 
 def read_adapter(
-    folder: Path, name: str, options: ReadOptions, *, shapes: BaseShapes, dtype: torch.dtype, pinned: bool
+    folder: Path,
+    name: str,
+    options: ReadOptions,
+    *,
+    shapes: BaseShapes,
+    dtype: torch.dtype,
+    factors: torch.dtype,
+    pinned: bool,
 ) -> LoraAdapter | SparseModel:
-    """A directory below the adapter root, whichever of the two it holds.
+    """A directory below the adapter root, whichever of the two it holds: a sparse model in `dtype`, a LoRA in
+    `factors`.
 
     Raises:
         AdapterError: it is damaged, unsupported, or does not fit the base, or an option is not for its kind.
@@ -288,5 +302,5 @@ def read_adapter(
         return read_sparse(folder, id=name, base=shapes, dtype=dtype, options=options)
     if given := sorted(key for key, value in asdict(replace(options, any_base=False)).items() if value):
         raise UnsupportedAdapterError(f"{given[0]} is for sparse models; {folder.name} is a LoRA")
-    adapter = read_lora(folder, id=name, base=shapes, dtype=dtype, any_base=options.any_base)
+    adapter = read_lora(folder, id=name, base=shapes, dtype=factors, any_base=options.any_base)
     return adapter.pinned() if pinned else adapter
