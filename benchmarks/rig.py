@@ -19,10 +19,11 @@ from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.blend import Blend
 from loramux.adapters.layers import AdapterLayers
 from loramux.adapters.residency import Handle, Residency
-from loramux.kernels.packed_linear import pack_linears
+from loramux.kernels.packed_linear import Kinds, pack_linears, store_weights
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import load_base
 from loramux.server.engine.protocol import Sampling, Token, Work
+from loramux.server.engine.weights import prepare
 from tests.tiny import random_adapter
 
 Found = TypeVar("Found")
@@ -153,14 +154,21 @@ class Rig:
 @asynccontextmanager
 async def running(
     folder: Path, shape: Shape, *, dtype: str = "float32", quantization: str = "none", device: str = "cpu",
-    pool: bool = True,
+    pool: bool = True, kinds: Kinds | None = None, lean: bool = True,
 ) -> AsyncIterator[Rig]:  # fmt: skip
     """An engine made as the server makes its own, over the checkpoint in `folder`.
 
-    Without a pool no layer of the base is wrapped.
+    Without a pool no layer of the base is wrapped. With `kinds` the weights are held so; without `lean` a
+    step has all the calls that transformers makes.
     """
-    model = load_base(folder, dtype=dtype, quantization=quantization, device=device)
-    pack_linears(model)
+    held = dtype if kinds is None else "stored"
+    model = load_base(folder, dtype=held, quantization=quantization, device=device)
+    if lean:
+        prepare(model, model.device, model.dtype if kinds is None else torch.float32, kinds)
+    elif kinds is None:
+        pack_linears(model)
+    else:
+        store_weights(model, kinds)
     shapes = BaseShapes.from_model(model, shape.name)
     if pool:
         experts = {

@@ -57,6 +57,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("tiny", 256, 768, 6, 8, vocabulary=8192, tied=True),
+        Shape("135m", 576, 1536, 30, 9, 3, rank=8, vocabulary=49152, tied=True),  # SmolLM2
         Shape("0.39b", 1024, 3072, 24, 16, has_goals=True),
         Shape("7b", 4096, 11008, 32, 32, experts=16, has_goals=True),
         Shape(

@@ -27,7 +27,6 @@ from loramux.adapters.sparse.read import read_sparse
 from loramux.adapters.sparse.recognise import is_sparse
 from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.slot import SparseSlot, place
-from loramux.kernels.packed_linear import pack_linears
 from loramux.router.service import RoutingService
 from loramux.server.admin import AdapterAdmin
 from loramux.server.base_files import BaseFiles
@@ -35,6 +34,7 @@ from loramux.server.catalog import Catalog
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import BaseModelError, load_base
 from loramux.server.engine.protocol import Engine
+from loramux.server.engine.weights import prepare
 from loramux.server.errors import StartError
 from loramux.server.intake import Intake
 from loramux.server.leases import Leases
@@ -74,11 +74,17 @@ def build(settings: Settings) -> Parts:
     budget = make_budget(settings, pool, target, blueprint)
     model = load_model(files.folder, target, budget)
     tokenizer = load_tokenizer(files.folder)
-    read = partial(read_adapter, shapes=shapes, dtype=target.dtype, pinned=target.device.type == "cuda")
-    experts = read_experts(pool, shapes, target.dtype)
+    read = partial(
+        read_adapter,
+        shapes=shapes,
+        dtype=target.dtype,
+        factors=budget.factors,
+        pinned=target.device.type == "cuda",
+    )
+    experts = read_experts(pool, shapes, budget.factors)
     if target.device.type == "cuda":
         experts = {name: expert.pinned() for name, expert in experts.items()}
-    arena = Arena(shapes, budget.rows, dtype=target.dtype, device=model.device)
+    arena = Arena(shapes, budget.rows, dtype=budget.factors, device=model.device)
     residency = make_residency(settings, experts, arena)
     layers = AdapterLayers(model, arena)
     engine = make_engine(settings, model, layers, budget.kv_tokens)
@@ -222,15 +228,21 @@ def load_model(location: str, target: Target, budget: Budget) -> PreTrainedModel
     Raises:
         StartError: a file is missing or damaged.
     """
+    kinds = target.kinds
     try:
         model = load_base(
-            location, dtype=target.dtype_name, quantization=target.quantization, device=str(target.device)
+            location,
+            dtype=target.dtype_name if kinds is None else "stored",
+            quantization="none" if kinds is not None else target.quantization,
+            device=str(target.device),
         )
     except BaseModelError as error:
         raise StartError(str(error)) from None
+    if target.why:
+        log.info("base: %s", target.why)
+    prepare(model, target.device, target.dtype, kinds)
     held = loaded_bytes(model)
     log.info("base: %s estimated, %s loaded", size_text(budget.base), size_text(held))
-    pack_linears(model)
     return model
 
 
@@ -283,9 +295,17 @@ def place_model(
 
 
 def read_adapter(
-    folder: Path, name: str, options: ReadOptions, *, shapes: BaseShapes, dtype: torch.dtype, pinned: bool
+    folder: Path,
+    name: str,
+    options: ReadOptions,
+    *,
+    shapes: BaseShapes,
+    dtype: torch.dtype,
+    factors: torch.dtype,
+    pinned: bool,
 ) -> LoraAdapter | SparseModel:
-    """A directory below the adapter root, whichever of the two it holds.
+    """A directory below the adapter root, whichever of the two it holds: a sparse model in `dtype`, a LoRA in
+    `factors`.
 
     Raises:
         AdapterError: it is damaged, unsupported, or does not fit the base, or an option is not for its kind.
@@ -294,5 +314,5 @@ def read_adapter(
         return read_sparse(folder, id=name, base=shapes, dtype=dtype, options=options)
     if given := sorted(key for key, value in asdict(replace(options, any_base=False)).items() if value):
         raise UnsupportedAdapterError(f"{given[0]} is for sparse models; {folder.name} is a LoRA")
-    adapter = read_lora(folder, id=name, base=shapes, dtype=dtype, any_base=options.any_base)
+    adapter = read_lora(folder, id=name, base=shapes, dtype=factors, any_base=options.any_base)
     return adapter.pinned() if pinned else adapter

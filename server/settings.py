@@ -167,8 +167,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Of the base's computation and the adapters."
     )
-    quantization: Literal["auto", "none", "nf4"] = Field(
-        default="auto", description="Of the base; auto is nf4 on CUDA and none on a CPU."
+    quantization: Literal["auto", "none", "nf4", "int8", "int4"] = Field(
+        default="auto",
+        description="Of the base; auto is nf4 on CUDA and none on a CPU, which alone has int8 and int4.",
     )
     api_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         default=(),

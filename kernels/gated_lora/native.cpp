@@ -66,15 +66,19 @@ static const int64_t ALIGN = 64;
 #define DISPATCH 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#define LEVEL 2
 namespace avx2 {
 #include "native_body.inc"
 }
+#undef LEVEL
 #pragma GCC pop_options
 #endif
 
+#define LEVEL 1
 namespace baseline {
 #include "native_body.inc"
 }
+#undef LEVEL
 
 #ifdef DISPATCH
 static bool is_wide() {

@@ -1,58 +1,32 @@
-"""`y = x Wᵀ + b` with W laid out once for the processor, instead of on every call.
+"""`y = x Wᵀ + b` on a CPU for the few tokens of a decode step, which waits for W to come from memory.
 
-A product of a few tokens with a large matrix is what decoding consists of. oneDNN's own layout of the matrix
-makes it one and a half to two times as fast in float32 as the plain one, and no slower for long prompts
-(docs/log.md).
+Either W is laid out once for the processor in float32 (`pack_linears`), or it stays as it is stored, in 16, 8
+or 4 bits, and is widened in registers (`store_weights`).
 """
 
-import torch
-from torch import Tensor, nn
+from loramux.kernels.packed_linear.kinds import Kind, Packed, pack, unpack
+from loramux.kernels.packed_linear.measure import Timing, time_product
+from loramux.kernels.packed_linear.native import Instructions, instruction_sets, library
+from loramux.kernels.packed_linear.onednn import PackedLinear, can_pack, pack_linears
+from loramux.kernels.packed_linear.store import Kinds, storable, store_weights
+from loramux.kernels.packed_linear.stored import StoredEmbedding, StoredLinear
 
-#: The number of tokens the layout is chosen for; it is right for any other number too.
-TOKENS = 16
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether there is a layout for this weight: dense float32 on a CPU that oneDNN knows."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.float32
-        and weight.layout == torch.strided
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    )
-
-
-class PackedLinear(nn.Linear):
-    """A frozen linear layer in oneDNN's layout. Its weight still tells shape and dtype, but not its
-    elements."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        nn.Module.__init__(self)
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), TOKENS)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = linear.bias
-        self._packed = [packed]  # without the look-up of a parameter, which costs a microsecond a call
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed[0], self.bias, "none", [], "")
-        return y
-
-
-def pack_linears(model: nn.Module) -> int:
-    """Replace every linear layer of a frozen model that has a weight of its own; returns how many.
-
-    A weight that something else uses too (tied embeddings) stays as it is: packing it would keep it twice.
-    """
-    uses: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    packed = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and uses[id(child.weight)] == 1 and can_pack(child.weight):
-                setattr(parent, name, PackedLinear(child))
-                packed += 1
-    return packed
+__all__ = [
+    "Instructions",
+    "Kind",
+    "Kinds",
+    "Packed",
+    "PackedLinear",
+    "StoredEmbedding",
+    "StoredLinear",
+    "Timing",
+    "can_pack",
+    "instruction_sets",
+    "library",
+    "pack",
+    "pack_linears",
+    "storable",
+    "store_weights",
+    "time_product",
+    "unpack",
+]

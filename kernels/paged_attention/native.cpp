@@ -33,15 +33,19 @@ static const int64_t BLOCK = 32;
 #define DISPATCH 1
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#define LEVEL 2
 namespace avx2 {
 #include "native_body.inc"
 }
+#undef LEVEL
 #pragma GCC pop_options
 #endif
 
+#define LEVEL 1
 namespace baseline {
 #include "native_body.inc"
 }
+#undef LEVEL
 
 template <class E>
 static void choose(const Rows *rows, const Layer *layer, const E *query, const E *key, const E *value, E *keys,

@@ -35,7 +35,7 @@ def serve(
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="auto, none or nf4.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="auto, none, nf4, int8 or int4.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting, as limits.max_n=4; repeatable.")

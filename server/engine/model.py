@@ -51,7 +51,8 @@ def worth_keeping(path: str | Path, config: PreTrainedConfig) -> torch.dtype | N
     """
     folder = Path(path)
     large = not folder.is_dir() or weight_bytes(folder) > LARGE
-    return getattr(config, "dtype", None) if large and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return getattr(config, "dtype", None) if large and has_bfloat16 else None
 
 
 def weight_bytes(folder: Path) -> int:
@@ -60,7 +61,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def resolve_quantization(quantization: str, device: torch.device) -> str:
-    """`auto` is nf4 on CUDA and none on a CPU, where 4-bit prefill is several times slower than bfloat16."""
+    """`auto` is nf4 on CUDA and none on a CPU, where it would change answers and NF4's prefill is slow."""
     if quantization == "auto":
         return "nf4" if device.type == "cuda" else "none"
     return quantization
@@ -69,7 +70,7 @@ def resolve_quantization(quantization: str, device: torch.device) -> str:
 def load_base(
     path: str | Path, *, dtype: str = "auto", quantization: str = "auto", device: str = "auto"
 ) -> PreTrainedModel:
-    """Load a causal language model for serving.
+    """Load a causal language model for serving; `dtype: stored` leaves it in the type of the checkpoint.
 
     Only safetensors are read and no code of the checkpoint runs. A hub id works if its files are in the local
     cache already.
@@ -83,7 +84,8 @@ def load_base(
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"base model {path}: {_first_line(error)}") from error
-    compute = resolve_dtype(dtype, target, worth_keeping(path, config))
+    stored = getattr(config, "dtype", None) or torch.float32
+    compute = stored if dtype == "stored" else resolve_dtype(dtype, target, worth_keeping(path, config))
     arguments: dict[str, object] = {}
     if resolve_quantization(quantization, target) == "nf4":
         arguments["quantization_config"] = BitsAndBytesConfig(

@@ -14,8 +14,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import cached_file
 
 from loramux.adapters.base_shapes import BaseShapes
+from loramux.kernels.packed_linear import Kinds, storable
 from loramux.server.engine.model import (
     DTYPES,
+    LARGE,
     BaseModelError,
     context_of,
     resolve_device,
@@ -24,6 +26,7 @@ from loramux.server.engine.model import (
     weight_bytes,
     worth_keeping,
 )
+from loramux.server.engine.weights import QUANTIZED, choose_weights
 from loramux.server.errors import StartError
 
 #: NF4 with double quantisation, as bitsandbytes stores it: one byte of scale a block, one float a block of
@@ -33,11 +36,19 @@ _NF4_BLOCK, _NF4_SCALE_BLOCK, _NF4_FIXED = 64, 256, 4 * (16 + 256 + 1)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where and how the base is to be loaded; nothing is `auto` any more."""
+    """Where and how the base is to be loaded; nothing is `auto` any more.
+
+    Attributes:
+        dtype: what it computes in.
+        kinds: how its matrices are held, where that is not `dtype` or nf4.
+        why: how that came about, for the log.
+    """
 
     device: torch.device
     dtype: torch.dtype
     quantization: str
+    kinds: Kinds | None = None
+    why: str = ""
 
     @property
     def dtype_name(self) -> str:
@@ -73,14 +84,35 @@ class Blueprint:
         """Settle what the settings leave to us.
 
         Raises:
-            StartError: the device does not exist here.
+            StartError: the device does not exist here, or does not go together with the quantization.
         """
         try:
             where = resolve_device(device)
         except BaseModelError as error:
             raise StartError(str(error)) from None
-        stored = worth_keeping(self._location, self._model.config)
-        return Target(where, resolve_dtype(dtype, where, stored), resolve_quantization(quantization, where))
+        chosen = resolve_quantization(quantization, where)
+        config = self._model.config
+        stored = getattr(config, "dtype", None)
+        if chosen in QUANTIZED:
+            if where.type != "cpu" or dtype not in ("auto", "float32"):
+                raise StartError(
+                    f"quantization {chosen} is for a CPU and computes in float32, not for {where} "
+                    f"in {dtype}; take nf4 there"
+                )
+            if getattr(config, "quantization_config", None) is not None:
+                raise StartError(
+                    f"base model {self._location} is quantised already; set quantization to none"
+                )
+            return Target(
+                where, torch.float32, chosen, QUANTIZED[chosen], f"weights in {chosen}, as asked for"
+            )
+        compute = resolve_dtype(dtype, where, worth_keeping(self._location, config))
+        automatic = dtype == "auto" and where.type == "cpu" and compute == torch.float32 and chosen == "none"
+        if not automatic or getattr(config, "quantization_config", None) is not None:
+            return Target(where, compute, chosen)
+        large = 2 * self.parameters > LARGE
+        choice = choose_weights(stored, self._largest_matrix(), large=large)
+        return Target(where, compute, chosen, choice.kinds, choice.why)
 
     def shapes(self, id: str) -> BaseShapes:
         """Its linear modules."""
@@ -97,19 +129,24 @@ class Blueprint:
         """Tokens of its longest context."""
         return context_of(self._config)
 
-    def weight_bytes(self, dtype: torch.dtype, quantization: str) -> int:
+    def weight_bytes(self, dtype: torch.dtype, quantization: str, kinds: Kinds | None = None) -> int:
         """Bytes of parameters and buffers once loaded.
 
-        With nf4 the linear layers are packed and embeddings, norms, biases and the output head keep `dtype`.
+        With `kinds` linear layers and embeddings are held so, and the rest in float32. With nf4 the linear
+        layers are packed and embeddings, norms, biases and the output head keep `dtype`.
         A checkpoint that is quantised already is loaded as it is stored, so it weighs what its files do.
         """
         if getattr(self._model.config, "quantization_config", None) is not None:
             config = cached_file(self._location, "config.json", local_files_only=True)
             return weight_bytes(Path(config).parent)
         packed = self._packed() if quantization == "nf4" else frozenset()
+        places = storable(self._model, kinds) if kinds is not None else []
+        stored = {id(place.layer.weight): place.kind for place in places}
         total = int(sum(buffer.nbytes for buffer in self._model.buffers()))
         for name, parameter in self._model.named_parameters():
-            if name in packed:
+            if id(parameter) in stored:
+                total += stored[id(parameter)].nbytes(*parameter.shape)
+            elif name in packed:
                 total += nf4_bytes(parameter.numel())
             else:
                 total += parameter.numel() * self._stored_as(name, parameter, dtype).itemsize
@@ -155,6 +192,13 @@ class Blueprint:
     def _head(self) -> int:
         config = self._config
         return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+    def _largest_matrix(self) -> tuple[int, int]:
+        """Rows and columns of the largest linear layer that is not the head."""
+        head = self._model.get_output_embeddings()
+        linear = [one for one in self._model.modules() if type(one) is nn.Linear and one is not head]
+        shapes = [(one.out_features, one.in_features) for one in linear] or [(1024, 1024)]
+        return max(shapes, key=lambda shape: shape[0] * shape[1])
 
     def _packed(self) -> frozenset[str]:
         """The weights that bitsandbytes packs."""

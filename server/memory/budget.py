@@ -12,7 +12,10 @@ from loramux.adapters.arena import row_bytes
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.peft_tensors import StackShape
 from loramux.adapters.sparse.read import SparseSize
+from loramux.kernels.gated_lora import takes_factors
+from loramux.kernels.packed_linear import Kinds
 from loramux.server.engine.local import EngineLimits
+from loramux.server.engine.weights import QUANTIZED
 from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint, Target
 from loramux.server.memory.room import Room
@@ -56,6 +59,13 @@ class Sizes:
         )
         return sum(1 << (size - 1).bit_length() if pinned else size for size in tensors)
 
+    def factors_dtype(self, target: Target) -> torch.dtype:
+        """The type of experts in memory: bfloat16, which a kernel of the CPU widens exactly, where all their
+        files are; else that of the base's computation."""
+        stored = {stack.dtype for stacks in self.experts.values() for stack in stacks}
+        kept = stored == {torch.bfloat16} and target.device.type == "cpu"
+        return torch.bfloat16 if kept and takes_factors(target.dtype, torch.bfloat16) else target.dtype
+
     def sparse_bytes(self, dtype: torch.dtype) -> int:
         """The sparse models on the device."""
         return sum(size.nbytes(dtype) for size in self.sparse.values())
@@ -67,6 +77,8 @@ class Wish:
 
     dtype: torch.dtype
     quantization: str
+    kinds: Kinds | None
+    factors: torch.dtype
     slot_bytes: int
     kv_tokens: int | None
     step_tokens: int
@@ -91,6 +103,7 @@ class Budget:
     router: int
     rows: int
     kv_tokens: int
+    factors: torch.dtype
     details: Mapping[str, str]
 
     def table(self) -> str:
@@ -143,6 +156,11 @@ class _Planner:
         return self.target.device.type == "cpu"
 
     @property
+    def smallest(self) -> str:
+        """The quantization that takes least."""
+        return "int4" if self.one_memory else "nf4"
+
+    @property
     def share(self) -> float:
         return SHARE[self.target.device.type]
 
@@ -152,7 +170,8 @@ class _Planner:
         Raises:
             StartError: residency.bytes has no room for the largest expert.
         """
-        unit = self.unit(self.target.dtype)
+        factors = self.sizes.factors_dtype(self.target)
+        unit = self.unit(factors)
         ranks = [self.sizes.rank(expert) for expert in self.sizes.experts]
         largest = max(ranks, default=1)
         allowed = self.settings.residency.bytes
@@ -171,6 +190,8 @@ class _Planner:
         return Wish(
             dtype=self.target.dtype,
             quantization=self.target.quantization,
+            kinds=self.target.kinds,
+            factors=factors,
             slot_bytes=rows * unit,
             kv_tokens=engine.kv_tokens,
             step_tokens=engine.max_batch_tokens,
@@ -183,10 +204,10 @@ class _Planner:
         return row_bytes(self.sizes.shapes, dtype)
 
     def base(self, wish: Wish) -> int:
-        return self.sizes.blueprint.weight_bytes(wish.dtype, wish.quantization)
+        return self.sizes.blueprint.weight_bytes(wish.dtype, wish.quantization, wish.kinds)
 
     def pool(self, wish: Wish) -> int:
-        return self.sizes.pool_bytes(wish.dtype, pinned=not self.one_memory)
+        return self.sizes.pool_bytes(wish.factors, pinned=not self.one_memory)
 
     def sparse(self, wish: Wish) -> int:
         """The sparse models of the pool, with room for later ones and for arrow."""
@@ -259,7 +280,8 @@ class _Planner:
             f"any one of these makes it fit: {', '.join(ways)}"
             if ways
             else "no one setting makes it fit: lower residency.bytes, engine.kv_tokens, "
-            "engine.max_batch_tokens and engine.max_running, set quantization to nf4, or take a smaller base"
+            f"engine.max_batch_tokens and engine.max_running, set quantization to {self.smallest}, "
+            "or take a smaller base"
         )
         free = f"{size_text(self.device.free)} are free on {self.device.name}"
         return f"{size_text(needed)} of memory are needed, {free} ({listed}); {advice}"
@@ -270,10 +292,10 @@ class _Planner:
         if wish.kv_tokens is not None and (tokens := self.tokens_that_fit(wish)) >= LEAST_KV_TOKENS:
             ways.append(f"engine.kv_tokens at most {tokens}")
         largest = max((self.sizes.rank(expert) for expert in self.sizes.experts), default=1)
-        if wish.slot_bytes - deficit >= largest * self.unit(wish.dtype):
+        if wish.slot_bytes - deficit >= largest * self.unit(wish.factors):
             ways.append(f"residency.bytes at most {wish.slot_bytes - deficit}")
         others = {
-            "quantization: nf4": replace(wish, quantization="nf4"),
+            f"quantization: {self.smallest}": self._quantized(wish),
             "dtype: bfloat16": self._narrowed(wish),
             "engine.max_batch_tokens: 64": replace(wish, step_tokens=min(64, wish.step_tokens)),
             "engine.max_running: 4": replace(wish, running=min(4, wish.running)),
@@ -281,10 +303,14 @@ class _Planner:
         }
         return ways + [way for way, other in others.items() if self.deficit(other) <= 0]
 
+    def _quantized(self, wish: Wish) -> Wish:
+        return replace(wish, quantization=self.smallest, kinds=QUANTIZED.get(self.smallest))
+
     def _narrowed(self, wish: Wish) -> Wish:
         if wish.dtype != torch.float32:
             return wish
-        return replace(wish, dtype=torch.bfloat16, slot_bytes=wish.slot_bytes // 2)
+        slots = wish.slot_bytes * torch.bfloat16.itemsize // wish.factors.itemsize
+        return replace(wish, dtype=torch.bfloat16, kinds=None, factors=torch.bfloat16, slot_bytes=slots)
 
     def check_host(self, wish: Wish) -> None:
         """Beside a GPU, the pool must fit into the machine's own memory.
@@ -302,8 +328,10 @@ class _Planner:
     def budget(self, wish: Wish) -> Budget:
         blueprint = self.sizes.blueprint
         tokens = wish.kv_tokens or min(wish.running * blueprint.positions, self.tokens_that_fit(wish))
-        rows = wish.slot_bytes // self.unit(wish.dtype)
-        kind = wish.quantization if wish.quantization != "none" else self.target.dtype_name
+        rows = wish.slot_bytes // self.unit(wish.factors)
+        kind = wish.quantization
+        if kind == "none":
+            kind = str(wish.kinds.linear) if wish.kinds is not None else self.target.dtype_name
         return Budget(
             device=self.device,
             host=None if self.one_memory else self.host,
@@ -317,6 +345,7 @@ class _Planner:
             router=self.sizes.router_bytes,
             rows=rows,
             kv_tokens=tokens,
+            factors=wish.factors,
             details={
                 "base": f"{blueprint.parameters / 1e6:,.1f} M parameters, {kind}",
                 "pool": f"{len(self.sizes.experts)} experts in memory of the host",

@@ -106,7 +106,7 @@ def live(root: Path) -> Iterator[Live]:
         engine=engine,
         router=WordRouter(tuple(experts)),
         tokenizer=TOKENIZER,
-        read=partial(read_adapter, shapes=shapes, dtype=torch.float32, pinned=False),
+        read=partial(read_adapter, shapes=shapes, dtype=torch.float32, factors=torch.float32, pinned=False),
         adapter_root=root,
         fingerprint="loramux-test",
     )

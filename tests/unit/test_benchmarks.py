@@ -57,6 +57,12 @@ PROMISED = {
         "prefill, 1,024 tokens: the mixture alone, of unfused",
     ],
     "floor": ["memory, reading", "1 request, base: of the floor"],
+    "weights": [
+        "256 x 256, tokens: 16, q4_0: float32 / this",
+        "int4: base",
+        "1 request, bfloat16: of before",
+        "16 requests, int4: of before",
+    ],
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from loramux.kernels.packed_linear import Timing, store_weights
 from loramux.server.engine.model import load_base
 from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint, loaded_bytes, nf4_bytes
@@ -49,6 +50,40 @@ def test_a_converted_checkpoint_weighs_what_it_becomes(tmp_path: Path) -> None:
     blueprint = Blueprint.read(str(tmp_path))
     loaded = loaded_bytes(load_base(tmp_path, dtype="float32", quantization="none", device="cpu"))
     assert blueprint.weight_bytes(torch.float32, "none") == pytest.approx(loaded, rel=0.01)
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    ("stored", "quantization"), [("bfloat16", "auto"), ("float32", "int8"), ("float32", "int4")]
+)
+def test_the_estimate_knows_weights_at_their_size(
+    tmp_path: Path, base: str, stored: str, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster = Timing(1, 1, plain=2.0, stored=1.0)
+    monkeypatch.setattr("loramux.server.engine.weights.time_product", lambda *_: faster)
+    monkeypatch.setattr("loramux.server.engine.weights.library", object)
+    BASES[base]().to(getattr(torch, stored)).save_pretrained(tmp_path)
+    blueprint = Blueprint.read(str(tmp_path))
+    target = blueprint.target(device="cpu", dtype="auto", quantization=quantization)
+    assert target.kinds is not None
+    assert target.dtype == torch.float32
+    model = load_base(tmp_path, dtype="stored", quantization="none", device="cpu")
+    plain = loaded_bytes(model)
+    store_weights(model, target.kinds)
+    estimate = blueprint.weight_bytes(target.dtype, target.quantization, target.kinds)
+    assert estimate == pytest.approx(loaded_bytes(model), rel=0.01)
+    assert estimate < plain * {"auto": 1.02, "int8": 0.3, "int4": 0.25}[quantization]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "bfloat16"), ("cuda", "auto")])
+def test_quantizations_of_a_cpu_are_refused_elsewhere(
+    tmp_path: Path, device: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(StartError, match="int4 is for a CPU and computes in float32"):
+        Blueprint.read(str(tmp_path)).target(device=device, dtype=dtype, quantization="int4")
 
 
 def test_four_bits_cost_a_little_over_half_a_byte() -> None:

@@ -1,0 +1,98 @@
+// y = x Wᵀ + b for a CPU, with W as it is stored: bfloat16, float16, bytes, or blocks of 32 as GGUF has them. Weights
+// are widened in registers and multiplied in float32.
+//
+// Called through a plain C interface, so that no header of Python or torch is needed to build it.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+struct bf16 {
+    uint16_t bits;
+};
+
+// A matrix [rows, 32 * blocks]. A row takes `stride` bytes; of int8, the products of a row are multiplied by its scale.
+struct Matrix {
+    const uint8_t *data;
+    const float *scales;  // [rows], or null
+    const float *bias;    // [rows], or null
+    int64_t rows, blocks, stride, kind, set;
+};
+
+enum Kind { KIND_BF16, KIND_F16, KIND_INT8, KIND_Q8_0, KIND_Q4_0, KIND_Q4_1 };
+// Instruction sets; BEST is the best of those that the processor has.
+enum Set { BEST, BASELINE, AVX2, AVX512 };
+
+// Values of a block, whatever the kind.
+static const int64_t BLOCK = 32;
+// Rows that share what is read of x.
+static const int64_t ROWS = 4;
+// Blocks of so many rows are widened at a time for several tokens, and stay in the nearest cache.
+static const int64_t PIECE = 8;
+
+// The pragmas alone do not tell the preprocessor of g++ before 13 what there is: LEVEL does.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#include <immintrin.h>
+#define DISPATCH 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#define LEVEL 2
+namespace avx2 {
+#include "native_body.inc"
+}
+#undef LEVEL
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#define LEVEL 3
+namespace avx512 {
+#include "native_body.inc"
+}
+#undef LEVEL
+#pragma GCC pop_options
+#endif
+
+#define LEVEL 1
+namespace baseline {
+#include "native_body.inc"
+}
+#undef LEVEL
+
+static int64_t best() {
+#ifdef DISPATCH
+    static const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return avx512 ? AVX512 : avx2 ? AVX2 : BASELINE;
+#else
+    return BASELINE;
+#endif
+}
+
+extern "C" {
+int64_t packed_linear_best(void) { return best(); }
+
+// y [tokens, rows] of x [tokens, 32 * blocks]. The sums of a token are made in one order, however many others there are.
+void packed_linear(const Matrix *matrix, float *y, const float *x, int64_t tokens, int64_t threads) {
+    switch (matrix->set == BEST ? best() : matrix->set) {
+#ifdef DISPATCH
+        case AVX512: return avx512::run(*matrix, y, x, tokens, threads);
+        case AVX2: return avx2::run(*matrix, y, x, tokens, threads);
+#endif
+        default: return baseline::run(*matrix, y, x, tokens, threads);
+    }
+}
+
+// out [count, 32 * blocks]: rows `which`, or where it is null the rows from `first` on, as float32.
+void packed_linear_widen(const Matrix *matrix, float *out, const int64_t *which, int64_t first, int64_t count,
+                         int64_t threads) {
+    switch (matrix->set == BEST ? best() : matrix->set) {
+#ifdef DISPATCH
+        case AVX512: return avx512::widen_rows(*matrix, out, which, first, count, threads);
+        case AVX2: return avx2::widen_rows(*matrix, out, which, first, count, threads);
+#endif
+        default: return baseline::widen_rows(*matrix, out, which, first, count, threads);
+    }
+}
+}

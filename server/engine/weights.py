@@ -1,0 +1,61 @@
+"""How the base's weights are held on a CPU: as asked for, else as a short measurement recommends."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from loramux.kernels.packed_linear import Kind, Kinds, library, pack_linears, store_weights, time_product
+from loramux.server.engine.lean import make_lean
+
+#: Quantizations that are made when a base is loaded. The head and the embeddings, which are the same matrix
+#: in many models, decide about every token and have 8 bits at least.
+QUANTIZED = {
+    "int8": Kinds(Kind.INT8, Kind.INT8),
+    "int4": Kinds(Kind.Q4_1, Kind.Q8_0),
+}
+#: Types of checkpoints that are kept while activations are float32, which changes no answer.
+HALVES = {
+    torch.bfloat16: Kinds(Kind.BF16, Kind.BF16),
+    torch.float16: Kinds(Kind.F16, Kind.F16),
+}
+
+
+class Choice(NamedTuple):
+    """Of how weights are held; `kinds` is None where layers stay what transformers made of them."""
+
+    kinds: Kinds | None
+    why: str
+
+
+def choose_weights(stored: torch.dtype | None, shape: tuple[int, int], *, large: bool = False) -> Choice:
+    """For a base that computes in float32 and nothing more was asked for.
+
+    Weights of 16 bits are widened in registers, which is exact, where that is faster than reading float32:
+    this is measured with one token at a matrix of `shape` (rows, columns). A `large` base stays as it is
+    stored unless it is much slower for it: float32 would take twice the memory.
+    """
+    kinds = HALVES.get(stored) if stored is not None else None
+    if kinds is None:
+        return Choice(None, "weights in float32, as the checkpoint has them")
+    if library() is None:
+        return Choice(None, "weights in float32: there are no compiled kernels for others")
+    timing = time_product(*shape, kinds.linear)
+    name = str(stored).removeprefix("torch.")
+    keep = timing.stored < timing.plain * (2 if large else 1)
+    what = f"weights stay {name}, widened in registers" if keep else "weights are widened to float32 once"
+    why = (
+        f"{what}: one token times a matrix of {timing.rows} x {timing.columns} takes "
+        f"{1e6 * timing.stored:.0f} µs as stored, {1e6 * timing.plain:.0f} in float32"
+    )
+    return Choice(kinds if keep else None, why)
+
+
+def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype, kinds: Kinds | None) -> None:
+    """Give a loaded, frozen base its weights as chosen, and on a CPU the fewest calls a step."""
+    if kinds is not None:
+        store_weights(model, kinds)
+    else:
+        pack_linears(model)
+    if device.type == "cpu" and dtype == torch.float32:
+        make_lean(model)
