@@ -2,11 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
@@ -35,15 +36,17 @@ from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import BaseModelError, load_base
 from loramux.server.engine.protocol import Engine
 from loramux.server.errors import StartError
+from loramux.server.expert_metrics import expert_stats
 from loramux.server.intake import Intake
 from loramux.server.leases import Leases
-from loramux.server.lifecycle import Lifecycle
+from loramux.server.lifecycle import Lifecycle, Phase
 from loramux.server.memory.blueprint import Blueprint, Target, loaded_bytes
 from loramux.server.memory.budget import Budget, Sizes, plan_budget, router_bytes, size_text
 from loramux.server.memory.room import device_room, host_room
 from loramux.server.metrics import Metrics
 from loramux.server.parts import Parts
 from loramux.server.pipeline import Pipeline
+from loramux.server.pool.build_report import read_gains
 from loramux.server.pool.experts import measure_experts, read_experts
 from loramux.server.pool.manifest import MANIFEST, Pool
 from loramux.server.pool.routing import load_pool_router, open_pool
@@ -90,7 +93,6 @@ def build(settings: Settings) -> Parts:
         pool.manifest.base.id,
         engine.stats,
         residency.stats,
-        max_blends=settings.residency.max_blends,
         sparse_stats=shelf.stats,
         arrow_bytes=lambda: arrows.nbytes,
     )
@@ -109,6 +111,9 @@ def build(settings: Settings) -> Parts:
         read=read,
         adapter_root=settings.adapter_root or pool.root / "experts",
         fingerprint=fingerprint(pool),
+        gains={
+            experts[name].content_hash: gain for name, gain in read_gains(pool).items() if name in experts
+        },
     )
 
 
@@ -127,13 +132,21 @@ def connect(
     read: Callable[[Path, str, ReadOptions], LoraAdapter | SparseModel],
     adapter_root: Path,
     fingerprint: str,
+    gains: Mapping[str, float] = MappingProxyType({}),
 ) -> Parts:
-    """The parts of a server around a residency, an engine and a router, whichever they are."""
+    """The parts of a server around a residency, an engine and a router, whichever they are.
+
+    `gains`: what is known of the experts' worth, by content hash.
+    """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards)
-    metrics.count_routable(lambda: len(catalog.routed()))
     prompts = Prompts(tokenizer, vocabulary, engine.max_context)
     lifecycle = Lifecycle()
+    metrics.watch(
+        routable=lambda: len(catalog.routed()),
+        ready=lambda: lifecycle.phase is Phase.READY and engine.stats().dead is None,
+        experts=lambda: expert_stats(residency, shelf, gains),
+    )
     selector = Selector(
         catalog=catalog,
         router=router,

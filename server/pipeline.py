@@ -70,7 +70,7 @@ class Pipeline:
             ask.prompt_tokens,
         )
         if not lease.cached:
-            self._metrics.merged(lease.method, lease.seconds, lease.relative_error)
+            self._metrics.merged(lease.method, lease.seconds, lease.relative_error, lease.rank)
         cached_tokens = 0
         announced = False
         async with aclosing(decode(self._engine, self._vocabulary, ask, job.id, lease.handle)) as items:

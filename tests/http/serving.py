@@ -172,7 +172,6 @@ def serving(
         BASE,
         engine.stats,
         residency.stats,
-        max_blends=8,
         sparse_stats=shelf.stats,
         arrow_bytes=lambda: arrows.nbytes,
     )
