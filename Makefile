@@ -17,7 +17,7 @@ SERVE_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 TYPING := build/typing/loramux
 PACKAGES := server router adapters kernels
-CHECKED := $(PACKAGES) tests benchmarks
+CHECKED := $(PACKAGES) tests benchmarks docker
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -2,10 +2,11 @@
 
     python3 docker/try_image.py [--base DIR_OR_IMAGE] [--file docker/Dockerfile.cpu] [--work DIR]
 
-Needs root, buildah and bubblewrap; and debootstrap, where no base is given. `--base` is a directory with a Debian root,
-or the name of an image. Everything is made under `--work` (default: a temporary directory, several GB) and removed at
-the end. pip is configured inside as outside: its settings go in as build arguments, and local folders that they name
-are mounted; all that this leaves in the result are empty mount points. Prints one JSON object: what was measured.
+Needs root, buildah and bubblewrap; and debootstrap, where no base is given. `--base` is a directory with a
+Debian root, or the name of an image. Everything is made under `--work` (default: a temporary directory,
+several GB) and removed at the end. pip is configured inside as outside: its settings go in as build
+arguments, and local folders that they name are mounted; all that this leaves in the result are empty mount
+points. Prints one JSON object: what was measured.
 """
 
 import argparse
@@ -29,7 +30,8 @@ BASE, IMAGE = "localhost/loramux-base", "localhost/loramux-trial"
 DEBIAN = "bookworm"
 #: An id that the image does not know, in the root group as on OpenShift.
 USER = ["--uid", "54321", "--gid", "0"]
-PIP = ("index-url", "extra-index-url", "find-links", "constraint", "cert", "trusted-host")
+PIP = ("index-url", "extra-index-url", "find-links", "constraint", "trusted-host")
+CERT = "/run/pip-cert.pem"
 BUILD_TOOLS = ("gcc", "g++", "cc", "c++", "make", "pip", "pip3", "git", "ld")
 QUESTION = "What is the total number of wins when the team is Arsenal?"
 
@@ -79,9 +81,9 @@ def pip_arguments() -> list[str]:
         name, _, value = line.partition("=")
         found[name.rpartition(".")[2]] = value.strip("'")
     arguments: list[str] = []
-    for key in PIP:
-        if key not in found:
-            continue
+    if (cert := found.pop("cert", None)) is not None:  # its own place is ca-certificates' inside
+        arguments += ["--volume", f"{cert}:{CERT}:ro", "--build-arg", f"PIP_CERT={CERT}"]
+    for key in found.keys() & set(PIP):
         arguments += ["--build-arg", f"PIP_{key.replace('-', '_').upper()}={found[key]}"]
         for word in found[key].split():
             path = Path(unquote(urlsplit(word).path)) if word.startswith(("/", "file:")) else None
@@ -107,7 +109,7 @@ def import_base(buildah: Buildah, base: str | None, work: Path) -> str:
 
 
 def inside(root: Path, config: dict[str, object], port: int) -> list[str]:
-    """A command that runs another one as the image's container would be run with `--read-only --tmpfs /tmp`."""
+    """A command that runs another one as a container would be run with `--read-only --tmpfs /tmp`."""
     environment = dict(item.split("=", 1) for item in config["Env"])  # type: ignore[attr-defined]
     environment["LORAMUX_PORT"] = str(port)
     sandbox = ["bwrap", "--ro-bind", str(root), "/", "--tmpfs", "/tmp", "--proc", "/proc", "--dev", "/dev"]
@@ -154,8 +156,8 @@ def free_port() -> int:
 def examine(root: Path, config: dict[str, object]) -> dict[str, object]:
     """What can be said without running it.
 
-    Ends the program where a rule is broken: root, no health check, build tools, missing kernels, traces of pip's
-    configuration.
+    Ends the program where a rule is broken: root, no health check, build tools, missing kernels, traces of
+    pip's configuration.
     """
     if str(config.get("User", "")) in ("", "0", "root"):
         sys.exit("the image runs as root")
