@@ -71,8 +71,8 @@ class Buildah:
             self("rm", container)
 
 
-def pip_arguments() -> list[str]:
-    """pip's configuration, as build arguments and mounts."""
+def pip_arguments(without: list[str]) -> list[str]:
+    """pip's configuration, as build arguments and mounts, less the settings of these names."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout
@@ -83,7 +83,7 @@ def pip_arguments() -> list[str]:
     arguments: list[str] = []
     if (cert := found.pop("cert", None)) is not None:  # its own place is ca-certificates' inside
         arguments += ["--volume", f"{cert}:{CERT}:ro", "--build-arg", f"PIP_CERT={CERT}"]
-    for key in found.keys() & set(PIP):
+    for key in found.keys() & set(PIP) - set(without):
         arguments += ["--build-arg", f"PIP_{key.replace('-', '_').upper()}={found[key]}"]
         for word in found[key].split():
             path = Path(unquote(urlsplit(word).path)) if word.startswith(("/", "file:")) else None
@@ -211,6 +211,12 @@ def main() -> None:
     parser.add_argument("--base", help="a Debian root, or the name of an image; default: by debootstrap")
     parser.add_argument("--file", type=Path, default=ROOT / "docker" / "Dockerfile.cpu")
     parser.add_argument("--work", type=Path, help="a folder with room for several GB")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        help="a setting of pip that stays outside: find-links, where it leads to a torch for another device",
+    )
     parser.add_argument("--no-run", action="store_true", help="build and examine only")
     given = parser.parse_args()
     if missing := [tool for tool in ("buildah", "bwrap") if shutil.which(tool) is None]:
@@ -221,7 +227,7 @@ def main() -> None:
     try:
         began = time.monotonic()
         base = import_base(buildah, given.base, work)
-        buildah.build(given.file, base, pip_arguments())
+        buildah.build(given.file, base, pip_arguments(given.without))
         result: dict[str, object] = {"build_seconds": round(time.monotonic() - began)}
         config = json.loads(buildah("inspect", "--type", "image", IMAGE))["Docker"]["config"]
         with buildah.mounted(IMAGE) as root:

@@ -55,6 +55,7 @@ from loramux.server.selection import Router, Selector
 from loramux.server.settings import Settings, api_keys
 from loramux.server.text.prompts import ChatTokenizer, Prompts
 from loramux.server.text.vocabulary import Vocabulary
+from loramux.server.traces import NO_TRACES, Traces, make_traces
 
 log = logging.getLogger("loramux")
 
@@ -66,6 +67,7 @@ def build(settings: Settings) -> Parts:
         StartError, AdapterError, RouterError: one line that names the file or setting at fault.
     """
     keys = api_keys(settings)
+    traces = make_traces(settings.traces)
     pool = open_pool(settings)
     location = settings.base or pool.base_location
     blueprint = Blueprint.read(location)
@@ -111,6 +113,7 @@ def build(settings: Settings) -> Parts:
         read=read,
         adapter_root=settings.adapter_root or pool.root / "experts",
         fingerprint=fingerprint(pool),
+        traces=traces,
         gains={
             experts[name].content_hash: gain for name, gain in read_gains(pool).items() if name in experts
         },
@@ -132,6 +135,7 @@ def connect(
     read: Callable[[Path, str, ReadOptions], LoraAdapter | SparseModel],
     adapter_root: Path,
     fingerprint: str,
+    traces: Traces = NO_TRACES,
     gains: Mapping[str, float] = MappingProxyType({}),
 ) -> Parts:
     """The parts of a server around a residency, an engine and a router, whichever they are.
@@ -161,6 +165,7 @@ def connect(
         vocabulary=vocabulary,
         metrics=metrics,
         lifecycle=lifecycle,
+        traces=traces,
     )
     return Parts(
         settings=settings,
@@ -177,6 +182,7 @@ def connect(
         engine=engine,
         pipeline=pipeline,
         metrics=metrics,
+        traces=traces,
         admin=AdapterAdmin(catalog, residency, shelf, router, adapter_root, read),
         fingerprint=fingerprint,
     )

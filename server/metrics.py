@@ -62,7 +62,7 @@ class Metrics:
         for collector in (
             EngineCollector(base, engine_stats),
             ResidencyCollector(residency_stats),
-            ExpertCollector(base, lambda: self._expert_stats(), self.live),
+            ExpertCollector(base, self._experts, self.live),
             SparseCollector(sparse_stats, arrow_bytes),
         ):
             self.registry.register(collector)
@@ -303,6 +303,9 @@ class Metrics:
     def render(self) -> bytes:
         """The exposition text."""
         return generate_latest(self.registry)
+
+    def _experts(self) -> ExpertStats:
+        return self._expert_stats()
 
     def _bounded(self, label: str, value: str) -> str:
         seen = self._labels.setdefault(label, set())

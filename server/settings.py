@@ -187,6 +187,10 @@ class Settings(BaseSettings):
     metrics_need_key: bool = Field(
         default=True, description="Ask for an API key on `/metrics` when keys are set."
     )
+    traces: bool = Field(
+        default=False,
+        description="Export OpenTelemetry traces as the `OTEL_*` variables say; needs `loramux[otel]`.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Of the server's log."
     )
