@@ -1,4 +1,4 @@
-"""The CPU image, built and run without a Docker engine. `make image` asks for it; it takes minutes and gigabytes."""
+"""The CPU image, built and run without a Docker engine: by `make image`, for it takes minutes and gigabytes."""
 
 import json
 import os
