@@ -1,4 +1,4 @@
-"""The CPU image, built and run without a Docker engine: by `make image`, for it takes minutes and gigabytes."""
+"""The CPU image, built and run without a Docker engine: by `make image`, for it takes minutes."""
 
 import json
 import os
