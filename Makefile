@@ -1,4 +1,4 @@
-# make serve | test | test-releases | lint | fuzz | bench | bench-gpu | bench-peers | clean.  The virtual environment is made on first use.
+# make serve | test | test-releases | lint | fuzz | bench | bench-gpu | bench-peers | dashboards | image | clean.  The virtual environment is made on first use.
 #
 # PIP_* variables of the environment reach pip unchanged: on a machine without an NVIDIA GPU, set PIP_INDEX_URL or
 # PIP_EXTRA_INDEX_URL to an index of CPU builds to spare several gigabytes of CUDA libraries.
@@ -17,11 +17,11 @@ SERVE_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
 TYPING := build/typing/loramux
 PACKAGES := server router adapters kernels
-CHECKED := $(PACKAGES) tests benchmarks
+CHECKED := $(PACKAGES) tests benchmarks docker
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test test-releases lint fuzz bench bench-gpu bench-peers clean
+.PHONY: serve test test-releases lint fuzz bench bench-gpu bench-peers dashboards image clean
 .DEFAULT_GOAL := serve
 
 serve: $(SERVE_STAMP)
@@ -60,6 +60,14 @@ bench-gpu: $(TEST_STAMP)
 bench-peers: $(TEST_STAMP)
 	for peer in vllm transformers peft; do PYTHON=$(PYTHON) benchmarks/peers/setup.sh $$peer; done
 	$(BIN)/python benchmarks/peers/run.py $(ARGS)
+
+# Every panel of the dashboards under half a minute of load; needs Prometheus.
+dashboards: $(TEST_STAMP)
+	LOAD_SECONDS=30 $(BIN)/pytest -q tests/e2e/test_prometheus.py tests/unit/test_dashboards.py
+
+# The CPU image without a Docker engine; needs root, buildah, bubblewrap and debootstrap. BASE: a Debian root to build on.
+image: $(TEST_STAMP)
+	TRY_IMAGE=1 $(BIN)/pytest -q -s tests/e2e/test_image.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -51,7 +51,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class ResidencyStats:
-    """A snapshot for `/metrics`; counters only grow."""
+    """A snapshot for `/metrics`; counters only grow. `room`: experts of the largest rank that fit at once."""
 
     capacity_bytes: int
     used_bytes: int
@@ -59,6 +59,7 @@ class ResidencyStats:
     host_bytes: int
     blends: int
     resident_experts: tuple[str, ...]
+    room: int
     hits: int
     misses: int
     evictions: int
@@ -219,6 +220,7 @@ class Residency:
             host_bytes=sum(expert.nbytes for expert in self._experts.values()),
             blends=len(self._blends),
             resident_experts=tuple(e.id for e in self._experts.values() if e.content_hash in self._residents),
+            room=self._arena.rows // max((e.max_rank for e in self._experts.values()), default=1),
             hits=self._hits,
             misses=self._misses,
             evictions=self._evictions,

@@ -1,5 +1,6 @@
 """The application: parts in, ASGI app out."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -67,7 +68,7 @@ def create_app(parts: Parts) -> FastAPI:
         openapi_url=None,
         redirect_slashes=False,
         middleware=[
-            Middleware(Trace, metrics=parts.metrics),
+            Middleware(Trace, metrics=parts.metrics, traces=parts.traces),
             *_cors(settings.cors_origins),
             Middleware(
                 Door,
@@ -115,6 +116,7 @@ async def shut_down(parts: Parts) -> None:
     await parts.engine.stop(0)
     await parts.router.close()
     parts.prompts.close()
+    await asyncio.to_thread(parts.traces.close)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

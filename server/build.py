@@ -2,11 +2,12 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
@@ -36,15 +37,17 @@ from loramux.server.engine.model import BaseModelError, load_base
 from loramux.server.engine.protocol import Engine
 from loramux.server.engine.weights import prepare
 from loramux.server.errors import StartError
+from loramux.server.expert_metrics import expert_stats
 from loramux.server.intake import Intake
 from loramux.server.leases import Leases
-from loramux.server.lifecycle import Lifecycle
+from loramux.server.lifecycle import Lifecycle, Phase
 from loramux.server.memory.blueprint import Blueprint, Target, loaded_bytes
 from loramux.server.memory.budget import Budget, Sizes, plan_budget, router_bytes, size_text
 from loramux.server.memory.room import device_room, host_room
 from loramux.server.metrics import Metrics
 from loramux.server.parts import Parts
 from loramux.server.pipeline import Pipeline
+from loramux.server.pool.build_report import read_gains
 from loramux.server.pool.experts import measure_experts, read_experts
 from loramux.server.pool.manifest import MANIFEST, Pool
 from loramux.server.pool.routing import load_pool_router, open_pool
@@ -53,6 +56,7 @@ from loramux.server.selection import Router, Selector
 from loramux.server.settings import Settings, api_keys
 from loramux.server.text.prompts import ChatTokenizer, Prompts
 from loramux.server.text.vocabulary import Vocabulary
+from loramux.server.traces import NO_TRACES, Traces, make_traces
 
 log = logging.getLogger("loramux")
 
@@ -64,6 +68,7 @@ def build(settings: Settings) -> Parts:
         StartError, AdapterError, RouterError: one line that names the file or setting at fault.
     """
     keys = api_keys(settings)
+    traces = make_traces(settings.traces)
     pool = open_pool(settings)
     files = base_files(settings, pool)
     blueprint = Blueprint.read(files.folder)
@@ -97,7 +102,6 @@ def build(settings: Settings) -> Parts:
         pool.manifest.base.id,
         engine.stats,
         residency.stats,
-        max_blends=settings.residency.max_blends,
         sparse_stats=shelf.stats,
         arrow_bytes=lambda: arrows.nbytes,
     )
@@ -116,6 +120,10 @@ def build(settings: Settings) -> Parts:
         read=read,
         adapter_root=settings.adapter_root or pool.root / "experts",
         fingerprint=fingerprint(pool),
+        traces=traces,
+        gains={
+            experts[name].content_hash: gain for name, gain in read_gains(pool).items() if name in experts
+        },
     )
 
 
@@ -134,13 +142,22 @@ def connect(
     read: Callable[[Path, str, ReadOptions], LoraAdapter | SparseModel],
     adapter_root: Path,
     fingerprint: str,
+    traces: Traces = NO_TRACES,
+    gains: Mapping[str, float] = MappingProxyType({}),
 ) -> Parts:
-    """The parts of a server around a residency, an engine and a router, whichever they are."""
+    """The parts of a server around a residency, an engine and a router, whichever they are.
+
+    `gains`: what is known of the experts' worth, by content hash.
+    """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards)
-    metrics.count_routable(lambda: len(catalog.routed()))
     prompts = Prompts(tokenizer, vocabulary, engine.max_context)
     lifecycle = Lifecycle()
+    metrics.watch(
+        routable=lambda: len(catalog.routed()),
+        ready=lambda: lifecycle.phase is Phase.READY and engine.stats().dead is None,
+        experts=lambda: expert_stats(residency, shelf, gains),
+    )
     selector = Selector(
         catalog=catalog,
         router=router,
@@ -155,6 +172,7 @@ def connect(
         vocabulary=vocabulary,
         metrics=metrics,
         lifecycle=lifecycle,
+        traces=traces,
     )
     return Parts(
         settings=settings,
@@ -171,6 +189,7 @@ def connect(
         engine=engine,
         pipeline=pipeline,
         metrics=metrics,
+        traces=traces,
         admin=AdapterAdmin(catalog, residency, shelf, router, adapter_root, read),
         fingerprint=fingerprint,
     )

@@ -5,15 +5,25 @@ scrape. Every label is bounded: by the pool, by the routes, or by `MAX_LABELS`.
 """
 
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
 
 from loramux.adapters.sparse.shelf import SparseStats
 from loramux.server.engine.protocol import EngineStats
+from loramux.server.engine_metrics import EngineCollector, ResidencyCollector, ResidencyNumbers
+from loramux.server.expert_metrics import ExpertCollector, ExpertStats
 from loramux.server.job import Job, State
 from loramux.server.sparse_metrics import SparseCollector
 
@@ -22,30 +32,10 @@ OTHER = "other"
 
 LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 SHORT = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+RANKS = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 512, 1024)
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
 NATS = (0.01, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 3.0, 4.0)
 SHARE = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-
-
-class ResidencyNumbers(Protocol):
-    """What is read of the residency's statistics."""
-
-    @property
-    def capacity_bytes(self) -> int: ...
-    @property
-    def used_bytes(self) -> int: ...
-    @property
-    def pinned_bytes(self) -> int: ...
-    @property
-    def host_bytes(self) -> int: ...
-    @property
-    def blends(self) -> int: ...
-    @property
-    def hits(self) -> int: ...
-    @property
-    def misses(self) -> int: ...
-    @property
-    def evictions(self) -> int: ...
 
 
 class Metrics:
@@ -57,7 +47,6 @@ class Metrics:
         engine_stats: Callable[[], EngineStats],
         residency_stats: Callable[[], ResidencyNumbers],
         *,
-        max_blends: int,
         sparse_stats: Callable[[], SparseStats] = SparseStats,
         arrow_bytes: Callable[[], int] = int,
     ) -> None:
@@ -68,8 +57,15 @@ class Metrics:
         self._make_latency()
         self._make_routing()
         self._make_http()
-        self.registry.register(_Snapshot(base, engine_stats, residency_stats, self.live, max_blends))
-        self.registry.register(SparseCollector(sparse_stats, arrow_bytes))
+        self._make_process()
+        self._expert_stats: Callable[[], ExpertStats] = ExpertStats
+        for collector in (
+            EngineCollector(base, engine_stats),
+            ResidencyCollector(residency_stats),
+            ExpertCollector(base, self._experts, self.live),
+            SparseCollector(sparse_stats, arrow_bytes),
+        ):
+            self.registry.register(collector)
 
     def _make_latency(self) -> None:
         own = self.registry
@@ -96,6 +92,12 @@ class Metrics:
                     "From the engine's beginning to the first token.",
                 ),
                 ("decode", "decode", "request_decode_time", "From the first token to the end."),
+                (
+                    "inference",
+                    "inference",
+                    "request_inference_time",
+                    "From the engine's beginning to the end.",
+                ),
             )
         }
         counted = {
@@ -151,6 +153,12 @@ class Metrics:
         self._selected = Counter(
             "loramux_expert_selected", "Requests whose blend holds the expert.", ("expert",), registry=own
         )
+        self._nearest = Counter(
+            "loramux_route_nearest",
+            "Routed texts by the expert with the best score, and whether it was good enough.",
+            ("expert", "outcome"),
+            registry=own,
+        )
         self._routable = Gauge("loramux_routable_experts", "Experts that can be routed to now.", registry=own)
         self._merge_seconds = Histogram(
             "loramux_merge_seconds",
@@ -164,6 +172,25 @@ class Metrics:
             buckets=SHARE, registry=own,
         )  # fmt: skip
 
+        self._merge_rank = Histogram(
+            "loramux_merge_rank", "Of merged blends.", ("method",), buckets=RANKS, registry=own
+        )
+
+    def _make_process(self) -> None:
+        own = self.registry
+        Info("loramux_build", "The server's version and its base.", registry=own).info(
+            {"version": version("loramux"), "base": self._base}
+        )
+        self._ready = Gauge("loramux_ready", "1 while requests are taken.", registry=own)
+        self._loads = Counter(
+            "loramux_adapter_loads", "Adapters loaded while serving.", ("outcome",), registry=own
+        )
+        self._load_seconds = Histogram(
+            "loramux_adapter_load_seconds", "Reading, checking and serving an adapter.", registry=own,
+            buckets=LATENCY,
+        )  # fmt: skip
+        ProcessCollector(registry=own)
+
     def _make_http(self) -> None:
         labels = ("method", "route", "status")
         self._http = Counter("loramux_http_requests", "HTTP answers.", labels, registry=self.registry)
@@ -172,9 +199,26 @@ class Metrics:
             buckets=LATENCY, registry=self.registry,
         )  # fmt: skip
 
-    def count_routable(self, count: Callable[[], int]) -> None:
-        """How many experts can be routed to, asked at every scrape."""
-        self._routable.set_function(count)
+    def watch(
+        self, *, routable: Callable[[], int], ready: Callable[[], bool], experts: Callable[[], ExpertStats]
+    ) -> None:
+        """What is asked at every scrape: how many experts can be routed to, whether requests are taken, and
+        where the experts are."""
+        self._routable.set_function(routable)
+        self._ready.set_function(ready)
+        self._expert_stats = experts
+
+    @contextmanager
+    def adapter_load(self) -> Iterator[None]:
+        """Around the load of an adapter; one that raises was refused."""
+        started = time.monotonic()
+        try:
+            yield
+        except Exception:
+            self._loads.labels("refused").inc()
+            raise
+        self._loads.labels("loaded").inc()
+        self._load_seconds.observe(time.monotonic() - started)
 
     def received(self, job: Job) -> None:
         """A job began."""
@@ -200,6 +244,7 @@ class Metrics:
             "queue": (State.WAITING, State.PREFILL),
             "prefill": (State.PREFILL, State.DECODE),
             "decode": (State.DECODE, State.FINISHED),
+            "inference": (State.PREFILL, State.FINISHED),
             "e2e": (State.RECEIVED, State.FINISHED),
         }
         for name, (start, end) in spans.items():
@@ -220,14 +265,18 @@ class Metrics:
         outcome: str,
         experts: Iterable[str],
         *,
+        nearest: str | None = None,
         margin: float | None = None,
         entropy: float | None = None,
         truncated: bool = False,
     ) -> None:
-        """A blend was chosen: `outcome` is routed, fallback, named, given or arrow."""
+        """A blend was chosen: `outcome` is routed, fallback, named, given, arrow or, for a router that
+        failed, error. `nearest` is the expert with the best score, good enough or not."""
         self._decisions.labels(outcome).inc()
         for expert in experts:
             self._selected.labels(self._bounded("expert", expert)).inc()
+        if nearest is not None:
+            self._nearest.labels(self._bounded("expert", nearest), outcome).inc()
         if margin is not None:
             self._margin.observe(margin)
         if entropy is not None:
@@ -239,8 +288,9 @@ class Metrics:
         """A batch of texts went through one stage of the router."""
         self._route_seconds.labels(stage).observe(seconds)
 
-    def merged(self, method: str, seconds: float, relative_error: float) -> None:
+    def merged(self, method: str, seconds: float, relative_error: float, rank: int) -> None:
         """A blend was made resident."""
+        self._merge_rank.labels(method).observe(rank)
         self._merge_seconds.labels(method).observe(seconds)
         self._merge_error.labels(method).observe(relative_error)
 
@@ -254,89 +304,12 @@ class Metrics:
         """The exposition text."""
         return generate_latest(self.registry)
 
+    def _experts(self) -> ExpertStats:
+        return self._expert_stats()
+
     def _bounded(self, label: str, value: str) -> str:
         seen = self._labels.setdefault(label, set())
         if value in seen or len(seen) < MAX_LABELS:
             seen.add(value)
             return value
         return OTHER
-
-
-class _Snapshot(Collector):
-    """Gauges and counters that others keep, read when scraped."""
-
-    def __init__(
-        self,
-        base: str,
-        engine_stats: Callable[[], EngineStats],
-        residency_stats: Callable[[], ResidencyNumbers],
-        live: dict[str, Job],
-        max_blends: int,
-    ) -> None:
-        self._base = base
-        self._engine_stats = engine_stats
-        self._residency_stats = residency_stats
-        self._live = live
-        self._max_blends = max_blends
-
-    def collect(self) -> Iterable[Metric]:
-        engine = self._engine_stats()
-        for name, theirs, text, value in (
-            ("sequences_running", "num_requests_running", "Sequences in the engine.", engine.running),
-            ("sequences_waiting", "num_requests_waiting", "Sequences queued.", engine.waiting),
-            (
-                "kv_usage_ratio",
-                "kv_cache_usage_perc",
-                "Share of the key-value cache in use.",
-                engine.kv_usage,
-            ),
-        ):
-            yield GaugeMetricFamily(f"loramux_{name}", text, value=value)
-            aliased = GaugeMetricFamily(f"vllm:{theirs}", text, labels=("model_name",))
-            aliased.add_metric((self._base,), value)
-            yield aliased
-        for name, text, total in (
-            ("engine_steps", "Steps of the engine.", engine.steps),
-            ("engine_step_seconds", "Seconds spent in steps.", engine.step_seconds),
-            ("engine_prefill_tokens", "Prompt tokens computed.", engine.prefill_tokens),
-            ("engine_decode_tokens", "Tokens decoded.", engine.decode_tokens),
-            ("prefix_hit_tokens", "Prompt tokens found in the cache.", engine.prefix_hit_tokens),
-        ):
-            yield CounterMetricFamily(f"loramux_{name}", text, value=total)
-        yield from self._residency()
-        yield self._lora_info()
-
-    def _residency(self) -> Iterable[Metric]:
-        stats = self._residency_stats()
-        tiers = GaugeMetricFamily("loramux_residency_bytes", "Adapter bytes by tier.", labels=("tier",))
-        for tier, value in (
-            ("capacity", stats.capacity_bytes),
-            ("used", stats.used_bytes),
-            ("pinned", stats.pinned_bytes),
-            ("host", stats.host_bytes),
-        ):
-            tiers.add_metric((tier,), value)
-        yield tiers
-        yield GaugeMetricFamily("loramux_resident_blends", "Blends ready to use.", value=stats.blends)
-        for name, text, total in (
-            ("hits", "Leases of a resident blend.", stats.hits),
-            ("misses", "Leases that had to merge.", stats.misses),
-            ("evictions", "Residents thrown out for others.", stats.evictions),
-        ):
-            yield CounterMetricFamily(f"loramux_merge_cache_{name}", text, value=total)
-
-    def _lora_info(self) -> Metric:
-        """The inference gateway's protocol: names in labels, the time as the value."""
-        running: set[str] = set()
-        waiting: set[str] = set()
-        for job in self._live.values():
-            (running if job.state in (State.PREFILL, State.DECODE) else waiting).update(job.experts)
-        info = GaugeMetricFamily(
-            "vllm:lora_requests_info",
-            "Experts of running and waiting requests; the value is the time.",
-            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-        )
-        info.add_metric(
-            (str(self._max_blends), ",".join(sorted(running)), ",".join(sorted(waiting))), time.time()
-        )
-        return info

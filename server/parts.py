@@ -15,6 +15,7 @@ from loramux.server.selection import Router, Selector
 from loramux.server.settings import Settings
 from loramux.server.text.prompts import Prompts
 from loramux.server.text.vocabulary import Vocabulary
+from loramux.server.traces import Traces
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,5 +36,6 @@ class Parts:
     engine: Engine
     pipeline: Pipeline
     metrics: Metrics
+    traces: Traces
     admin: AdapterAdmin
     fingerprint: str

@@ -16,6 +16,7 @@ from loramux.server.lifecycle import Lifecycle
 from loramux.server.metrics import Metrics
 from loramux.server.selection import Selection, Selector
 from loramux.server.text.vocabulary import Vocabulary
+from loramux.server.traces import NO_TRACES, Traces
 
 
 class Pipeline:
@@ -30,6 +31,7 @@ class Pipeline:
         vocabulary: Vocabulary,
         metrics: Metrics,
         lifecycle: Lifecycle,
+        traces: Traces = NO_TRACES,
     ) -> None:
         self._selector = selector
         self._leases = leases
@@ -37,6 +39,7 @@ class Pipeline:
         self._vocabulary = vocabulary
         self._metrics = metrics
         self._lifecycle = lifecycle
+        self._traces = traces
 
     async def run(self, ask: Ask) -> AsyncGenerator[Event]:
         """The events of one request.
@@ -70,7 +73,7 @@ class Pipeline:
             ask.prompt_tokens,
         )
         if not lease.cached:
-            self._metrics.merged(lease.method, lease.seconds, lease.relative_error)
+            self._metrics.merged(lease.method, lease.seconds, lease.relative_error, lease.rank)
         cached_tokens = 0
         announced = False
         async with aclosing(decode(self._engine, self._vocabulary, ask, job.id, lease.handle)) as items:
@@ -101,14 +104,15 @@ class Pipeline:
         job = Job(uuid.uuid4().hex, ask.model)
         job.prompt_tokens = ask.prompt_tokens
         self._metrics.received(job)
-        try:
-            yield job
-            job.to(State.FINISHED)
-        except (asyncio.CancelledError, GeneratorExit):
-            job.to(State.ABORTED)
-            raise
-        except Exception:
-            job.to(State.FAILED)
-            raise
-        finally:
-            self._metrics.closed(job)
+        with self._traces.request(job):
+            try:
+                yield job
+                job.to(State.FINISHED)
+            except (asyncio.CancelledError, GeneratorExit):
+                job.to(State.ABORTED)
+                raise
+            except Exception:
+                job.to(State.FAILED)
+                raise
+            finally:
+                self._metrics.closed(job)

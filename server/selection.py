@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from loramux.adapters.blend import EXACT_GRID, Blend
 from loramux.adapters.sparse.arrows import TEMPERATURE, ArrowMixture
 from loramux.router.decision import Candidate, Decision, RoutingOptions
+from loramux.router.errors import RouterError, RoutingOptionsError
 from loramux.router.joining import Joined
 from loramux.router.router import Router as FittedRouter
 from loramux.server.ask import Ask
@@ -196,7 +197,12 @@ class Selector:
         return decision.among(self._catalog.routable())
 
     async def _route(self, ask: Ask) -> Selection:
-        decision = await self._decide(ask.routing_text, ask.routing)
+        try:
+            decision = await self._decide(ask.routing_text, ask.routing)
+        except RouterError as error:
+            if not isinstance(error, RoutingOptionsError):
+                self._metrics.routed("error", ())
+            raise
         asked = None if ask.routing is None else ask.routing.merge
         selection = Selection(
             decision.strategy,
@@ -208,6 +214,7 @@ class Selector:
         self._metrics.routed(
             "fallback" if selection.fallback else "routed",
             selection.ids,
+            nearest=decision.candidates[0].id if decision.candidates and not decision.blank else None,
             margin=decision.margin,
             entropy=decision.entropy,
             truncated=decision.truncated,

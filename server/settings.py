@@ -189,6 +189,10 @@ class Settings(BaseSettings):
     metrics_need_key: bool = Field(
         default=True, description="Ask for an API key on `/metrics` when keys are set."
     )
+    traces: bool = Field(
+        default=False,
+        description="Export OpenTelemetry traces as the `OTEL_*` variables say; needs `loramux[otel]`.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Of the server's log."
     )
@@ -263,20 +267,28 @@ def load_settings(config: Path | None = None, flags: Mapping[str, object] | None
     Raises:
         StartError: an unknown key, a bad value, or a file that cannot be read; names the key or the file.
     """
-    named = config or (Path(value) if (value := os.environ.get(CONFIG_VARIABLE)) else None)
-    data = _read_yaml(named) if named else {}
-    _refuse_unknown_variables()
     try:
-        environment = EnvSettingsSource(Settings)()
-        return Settings(**_merged(data, environment, dict(flags or {})))
+        return Settings(**_merged(*(layer for _, layer in _layers(config, flags or {}))))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise StartError(f"unknown setting {key!r}; docs/configuration.md lists all of them") from None
         raise StartError(f"setting {key!r}: {first['msg']}") from None
-    except SettingsError as error:
-        raise StartError(f"environment: {error}") from None
+
+
+def setting_sources(config: Path | None = None, flags: Mapping[str, object] | None = None) -> dict[str, str]:
+    """Where each setting that is not a default was written, by its dotted name: the place that won.
+
+    Raises:
+        StartError: as `load_settings`.
+    """
+    return {
+        name: place
+        for place, layer in _layers(config, flags or {})
+        for name, _, _ in setting_names()
+        if _is_written(layer, name)
+    }
 
 
 def api_keys(settings: Settings) -> tuple[str, ...]:
@@ -305,6 +317,25 @@ def setting_names(section: type[BaseModel] = Settings, prefix: str = "") -> Iter
             yield from setting_names(type(info.default), f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info.description or "", info.default
+
+
+def _layers(config: Path | None, flags: Mapping[str, object]) -> list[tuple[str, dict[str, Any]]]:
+    """What is written, and where; a later place wins."""
+    named = config or (Path(value) if (value := os.environ.get(CONFIG_VARIABLE)) else None)
+    written = _read_yaml(named) if named else {}
+    _refuse_unknown_variables()
+    try:
+        environment = EnvSettingsSource(Settings)()
+    except SettingsError as error:
+        raise StartError(f"environment: {error}") from None
+    return [(str(named), written), ("environment", environment), ("flag", dict(flags))]
+
+
+def _is_written(layer: Mapping[str, Any], name: str) -> bool:
+    section, dot, rest = name.partition(".")
+    if not dot or section not in layer:
+        return section in layer
+    return isinstance(layer[section], Mapping) and _is_written(layer[section], rest)
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:

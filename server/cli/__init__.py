@@ -9,6 +9,7 @@ import typer
 
 from loramux.adapters.errors import AdapterError
 from loramux.router.errors import RouterError
+from loramux.server.cli.config import config
 from loramux.server.cli.convert import convert
 from loramux.server.cli.evaluate import evaluate
 from loramux.server.cli.route import route
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(route)
+app.command()(config)
 app.command()(evaluate)
 app.command()(convert)
 

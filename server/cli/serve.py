@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 import uvicorn
-import yaml
 
+from loramux.server.cli.flags import put
 from loramux.server.errors import StartError
 from loramux.server.settings import DEMO_POOL, Settings, load_settings
 
@@ -48,7 +48,7 @@ def serve(
     }  # fmt: skip
     flags: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     for text in setting or ():
-        _put(flags, text)
+        put(flags, text)
     run(load_settings(config, flags))
 
 
@@ -180,18 +180,3 @@ def _url(host: str, listener: socket.socket) -> str:
     port = listener.getsockname()[1]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     return f"http://{shown}:{port}"
-
-
-def _put(flags: dict[str, Any], text: str) -> None:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise StartError(f"--set {text}: write it as name=value")
-    *sections, last = name.strip().split(".")
-    for section in sections:
-        flags = flags.setdefault(section, {})
-        if not isinstance(flags, dict):
-            raise StartError(f"--set {text}: {section} is not a section")
-    try:
-        flags[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise StartError(f"--set {text}: the value is not YAML") from None

@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loramux.server.edge.failures import describe, send_error
 from loramux.server.metrics import Metrics
+from loramux.server.traces import Traces
 
 log = logging.getLogger("loramux")
 
@@ -21,9 +22,10 @@ CLIENT_CLOSED = 499
 class Trace:
     """ASGI middleware, the outermost. A client's `x-request-id` is kept when it is harmless."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, traces: Traces) -> None:
         self._app = app
         self._metrics = metrics
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -41,7 +43,8 @@ class Trace:
             await send(message)
 
         try:
-            await self._app(scope, receive, tagged)
+            with self._traces.continued(Headers(scope=scope), request_id):
+                await self._app(scope, receive, tagged)
         except ClientDisconnect:
             log.debug("%s: the client left while it sent its body", request_id)
         except Exception as error:

@@ -164,7 +164,16 @@ class LocalEngine:
         waiting = len(self._sequences) - running
         pages = self._scheduler.pages
         usage = 1 - pages.free / pages.count
-        return replace(self._stats, running=running, waiting=waiting, kv_usage=usage, dead=self._dead)
+        return replace(
+            self._stats,
+            running=running,
+            waiting=waiting,
+            kv_usage=usage,
+            preemptions=self._scheduler.preemptions,
+            kv_pages=pages.count,
+            kv_page_tokens=pages.size,
+            dead=self._dead,
+        )
 
     def _admit(self, work: Work) -> None:
         if self._closed is not None:

@@ -94,7 +94,11 @@ Event = Started | PromptScored | Token | Finished
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for `/metrics`; counters only grow. `dead` says why the engine will never step again."""
+    """A snapshot for `/metrics`; counters only grow. `dead` says why the engine will never step again.
+
+    `preemptions` counts sequences that gave their cache back to others and were computed again. The cache has
+    `kv_pages` pages of `kv_page_tokens` tokens.
+    """
 
     running: int = 0
     waiting: int = 0
@@ -104,6 +108,9 @@ class EngineStats:
     decode_tokens: int = 0
     prefix_hit_tokens: int = 0
     step_seconds: float = 0.0
+    preemptions: int = 0
+    kv_pages: int = 0
+    kv_page_tokens: int = 0
     dead: str | None = None
 
 

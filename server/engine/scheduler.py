@@ -73,6 +73,7 @@ class Scheduler:
         self.tempo = Tempo(least_chunk)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.preemptions = 0
         self._max_running = max_running
         self._max_tokens = max_tokens
 
@@ -155,6 +156,7 @@ class Scheduler:
             if self.pages.grow(sequence.pages, sequence.computed + length):
                 return True
             youngest = self.running.pop()
+            self.preemptions += 1
             self._release(youngest)
             self.waiting.appendleft(youngest)
         return False

@@ -19,9 +19,10 @@ def admin_routes(parts: Parts) -> APIRouter:
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
         asked = parse(LoadAdapterRequest, await read_json(request, limits.max_body_bytes), limits)
-        loaded = await parts.admin.load(
-            asked.lora_name, asked.lora_path, asked.options, asked.routing_examples
-        )
+        with parts.metrics.adapter_load():
+            loaded = await parts.admin.load(
+                asked.lora_name, asked.lora_path, asked.options, asked.routing_examples
+            )
         answer = _described(loaded.adapter)
         if isinstance(loaded.adapter, LoraAdapter):
             answer |= route_fields(parts.catalog.routed().get(loaded.adapter.id))

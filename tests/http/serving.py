@@ -32,6 +32,7 @@ from loramux.server.build import connect
 from loramux.server.metrics import Metrics
 from loramux.server.parts import Parts
 from loramux.server.settings import Settings, load_settings
+from loramux.server.traces import NO_TRACES, Traces
 from tests.kit import ScriptedEngine, WordRouter, byte_tokenizer, saying
 
 BASE = "tiny-base"
@@ -156,6 +157,7 @@ def serving(
     keys: tuple[str, ...] = (),
     sparse: Sequence[SparseModel] = (),
     router: Any = None,
+    traces: Traces = NO_TRACES,
     **flags: Any,
 ) -> Iterator[Served]:
     """A server on a free port, stopped at the end; no lease and no row may be left over.
@@ -172,7 +174,6 @@ def serving(
         BASE,
         engine.stats,
         residency.stats,
-        max_blends=8,
         sparse_stats=shelf.stats,
         arrow_bytes=lambda: arrows.nbytes,
     )
@@ -190,6 +191,7 @@ def serving(
         read=read_expert,
         adapter_root=tmp_path / "adapters",
         fingerprint="loramux-test",
+        traces=traces,
     )
     with listening(parts) as (url, loop):
         running = Served(parts, engine, router, url)

@@ -103,6 +103,12 @@ def test_metrics_add_up(tmp_path: Path) -> None:
     assert found["loramux_route_decisions_total|outcome=fallback"] == 1
     assert found["loramux_route_decisions_total|outcome=named"] == 1
     assert found["loramux_expert_selected_total|expert=math"] == 1
+    assert found["loramux_route_nearest_total|expert=math|outcome=routed"] == 1
+    # Nothing in "weather" is any expert's; the first of equals is the nearest.
+    assert found["loramux_route_nearest_total|expert=code|outcome=fallback"] == 1
+    assert found["loramux_merge_rank_sum|method=exact"] == 8
+    assert found["loramux_inference_seconds_count"] == 4
+    assert found["loramux_ready"] == 1
     assert found["loramux_merge_cache_misses_total"] == 2
     assert found["loramux_merge_seconds_count|method=exact"] == 2
     assert found["loramux_residency_bytes|tier=used"] > 0
@@ -121,7 +127,7 @@ def test_running_and_waiting_experts_are_in_the_gateway_gauge(tmp_path: Path) ->
             served.wait_for(lambda: served.engine.running == 1)
             info = [name for name in samples(served) if name.startswith("vllm:lora_requests_info")]
             assert info == [
-                "vllm:lora_requests_info|max_lora=8|running_lora_adapters=law|waiting_lora_adapters="
+                "vllm:lora_requests_info|max_lora=16|running_lora_adapters=law|waiting_lora_adapters="
             ]
             assert samples(served)[f"vllm:num_requests_running|model_name={BASE}"] == 1
             served.release()

@@ -97,7 +97,7 @@ def live(root: Path) -> Iterator[Live]:
     arrows = Arrows(ArrowExperts)
     parts = connect(
         settings,
-        metrics=Metrics(BASE, engine.stats, residency.stats, max_blends=8, sparse_stats=shelf.stats),
+        metrics=Metrics(BASE, engine.stats, residency.stats, sparse_stats=shelf.stats),
         keys=(),
         base=BASE,
         residency=residency,

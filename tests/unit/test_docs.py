@@ -56,14 +56,16 @@ class _NoResidency:
 
 
 def names(registry: CollectorRegistry) -> set[str]:
-    counters = {"counter": "_total"}
+    counters = {"counter": "_total", "info": "_info"}
     return {family.name + counters.get(family.type, "") for family in registry.collect()}
 
 
 def test_every_metric_is_documented() -> None:
-    metrics = Metrics("base", EngineStats, _NoResidency, max_blends=1)
+    metrics = Metrics("base", EngineStats, _NoResidency)
     documented = set(
-        re.findall(r"^\| `((?:loramux_|vllm:)[a-z0-9_]+)`", (DOCS / "metrics.md").read_text(), re.MULTILINE)
+        re.findall(
+            r"^\| `((?:loramux_|vllm:|process_)[a-z0-9_]+)`", (DOCS / "metrics.md").read_text(), re.MULTILINE
+        )
     )
     assert documented == names(metrics.registry)
 

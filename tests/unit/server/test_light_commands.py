@@ -9,7 +9,7 @@ HEAVY = ("torch", "transformers", "peft", "sentence_transformers")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["version"], ["route", "find all txt files"]]
+    "arguments", [["--help"], ["--version"], ["version"], ["config"], ["route", "find all txt files"]]
 )
 def test_it_once_imported_the_engine(arguments: list[str]) -> None:
     script = f"""
