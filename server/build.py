@@ -32,6 +32,7 @@ from loramux.router.service import RoutingService
 from loramux.server.admin import AdapterAdmin
 from loramux.server.base_files import BaseFiles
 from loramux.server.catalog import Catalog
+from loramux.server.engine.gguf.weights import GgufWeights
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import BaseModelError, load_base
 from loramux.server.engine.protocol import Engine
@@ -72,12 +73,13 @@ def build(settings: Settings) -> Parts:
     pool = open_pool(settings)
     files = base_files(settings, pool)
     blueprint = Blueprint.read(files.folder)
+    weights = files.weights()
     target = blueprint.target(
-        device=settings.device, dtype=settings.dtype, quantization=settings.quantization
+        device=settings.device, dtype=settings.dtype, quantization=settings.quantization, weights=weights
     )
     shapes = blueprint.shapes(pool.manifest.base.id)
     budget = make_budget(settings, pool, target, blueprint)
-    model = load_model(files.folder, target, budget)
+    model = load_model(files.folder, target, budget, weights)
     tokenizer = load_tokenizer(files.folder)
     read = partial(
         read_adapter,
@@ -241,8 +243,10 @@ def make_budget(settings: Settings, pool: Pool, target: Target, blueprint: Bluep
     return budget
 
 
-def load_model(location: str, target: Target, budget: Budget) -> PreTrainedModel:
-    """The base's weights, where and how the budget has them.
+def load_model(
+    location: str, target: Target, budget: Budget, weights: GgufWeights | None = None
+) -> PreTrainedModel:
+    """The base's weights, where and how the budget has them; `weights` as they lie in a GGUF file.
 
     Raises:
         StartError: a file is missing or damaged.
@@ -251,7 +255,7 @@ def load_model(location: str, target: Target, budget: Budget) -> PreTrainedModel
     try:
         model = load_base(
             location,
-            dtype=target.dtype_name if kinds is None else "stored",
+            dtype=target.dtype_name if kinds is None else "stored" if weights is None else "float16",
             quantization="none" if kinds is not None else target.quantization,
             device=str(target.device),
         )
@@ -259,7 +263,7 @@ def load_model(location: str, target: Target, budget: Budget) -> PreTrainedModel
         raise StartError(str(error)) from None
     if target.why:
         log.info("base: %s", target.why)
-    prepare(model, target.device, target.dtype, kinds)
+    prepare(model, target.device, target.dtype, kinds, weights)
     held = loaded_bytes(model)
     log.info("base: %s estimated, %s loaded", size_text(budget.base), size_text(held))
     return model

@@ -4,7 +4,7 @@ Either W is laid out once for the processor in float32 (`pack_linears`), or it s
 or 4 bits, and is widened in registers (`store_weights`).
 """
 
-from loramux.kernels.packed_linear.kinds import Kind, Packed, pack, unpack
+from loramux.kernels.packed_linear.kinds import BLOCK, Kind, Packed, pack, unpack
 from loramux.kernels.packed_linear.measure import Timing, time_product
 from loramux.kernels.packed_linear.native import Instructions, instruction_sets, library
 from loramux.kernels.packed_linear.onednn import PackedLinear, can_pack, pack_linears
@@ -12,6 +12,7 @@ from loramux.kernels.packed_linear.store import Kinds, storable, store_weights
 from loramux.kernels.packed_linear.stored import StoredEmbedding, StoredLinear
 
 __all__ = [
+    "BLOCK",
     "Instructions",
     "Kind",
     "Kinds",

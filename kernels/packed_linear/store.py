@@ -1,6 +1,8 @@
 """Give the layers of a loaded model weights that stay as they are stored."""
 
 from collections import Counter
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -11,10 +13,14 @@ from loramux.kernels.packed_linear.stored import StoredEmbedding, StoredLinear
 
 
 class Kinds(NamedTuple):
-    """How the linear layers are stored, and how embeddings and the output head."""
+    """How the linear layers are stored, and how embeddings and the output head.
+
+    `given` says it of single layers, by their paths, before the others; None leaves one as it is.
+    """
 
     linear: Kind
     embedding: Kind
+    given: Mapping[str, Kind | None] = MappingProxyType({})
 
 
 class Place(NamedTuple):
@@ -22,6 +28,7 @@ class Place(NamedTuple):
 
     parent: nn.Module
     name: str
+    path: str
     layer: nn.Linear | nn.Embedding
     kind: Kind
 
@@ -33,28 +40,45 @@ def storable(model: nn.Module, kinds: Kinds) -> list[Place]:
     head = get_head() if get_head is not None else None
     embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     places = []
-    for parent in model.modules():
+    for prefix, parent in model.named_modules():
         for name, child in parent.named_children():
+            path = f"{prefix}.{name}" if prefix else name
             if type(child) is nn.Linear:
                 outer = child is head or id(child.weight) in embedded
-                places.append(Place(parent, name, child, kinds.embedding if outer else kinds.linear))
+                kind = kinds.given.get(path, kinds.embedding if outer else kinds.linear)
             elif isinstance(child, nn.Embedding) and _is_plain(child):
-                places.append(Place(parent, name, child, kinds.embedding))
+                kind = kinds.given.get(path, kinds.embedding)
+            else:
+                continue
+            if kind is not None:
+                places.append(Place(parent, name, path, child, kind))
     return places
 
 
-def store_weights(model: nn.Module, kinds: Kinds) -> int:
+def store_weights(
+    model: nn.Module, kinds: Kinds, packed_as_given: Callable[[str], Packed] | None = None
+) -> int:
     """Replace linear layers and embeddings of a frozen model on the CPU; returns how many.
 
     What remains (norms, biases, buffers) becomes float32, in which the layers compute. Layers are packed one
     by one, and give up what they had before; tied ones share one matrix.
+
+    Args:
+        model: its elements of layers that `kinds.given` names do not matter.
+        kinds: how.
+        packed_as_given: the matrix of a layer that `kinds.given` names, by its path.
     """
     places = storable(model, kinds)
     uses = Counter(id(place.layer.weight) for place in places)
     shared: dict[int, tuple[Tensor, Packed]] = {}  # with the weight, whose id must not be given to another
     for place in places:
         weight = place.layer.weight
-        packed = shared[id(weight)][1] if id(weight) in shared else pack(weight, place.kind)
+        if id(weight) in shared:
+            packed = shared[id(weight)][1]
+        elif packed_as_given is not None and place.path in kinds.given:
+            packed = packed_as_given(place.path)
+        else:
+            packed = pack(weight, place.kind)
         if uses[id(weight)] > 1:
             shared[id(weight)] = (weight, packed)
         if isinstance(place.layer, nn.Linear):

@@ -1,11 +1,24 @@
 """How the base's weights are held on a CPU: as asked for, else as a short measurement recommends."""
 
+from collections import Counter
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from loramux.kernels.packed_linear import Kind, Kinds, library, pack_linears, store_weights, time_product
+from loramux.kernels.packed_linear import (
+    BLOCK,
+    Kind,
+    Kinds,
+    Packed,
+    library,
+    pack_linears,
+    storable,
+    store_weights,
+    time_product,
+)
+from loramux.server.engine.gguf.weights import GgufWeights
 from loramux.server.engine.lean import make_lean
 
 #: Quantizations that are made when a base is loaded. The head and the embeddings, which are the same matrix
@@ -19,6 +32,8 @@ HALVES = {
     torch.bfloat16: Kinds(Kind.BF16, Kind.BF16),
     torch.float16: Kinds(Kind.F16, Kind.F16),
 }
+#: Types of GGUF that a kernel reads as they lie in the file.
+_READ = frozenset({Kind.BF16, Kind.F16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1})
 
 
 class Choice(NamedTuple):
@@ -51,11 +66,62 @@ def choose_weights(stored: torch.dtype | None, shape: tuple[int, int], *, large:
     return Choice(kinds if keep else None, why)
 
 
-def prepare(model: nn.Module, device: torch.device, dtype: torch.dtype, kinds: Kinds | None) -> None:
-    """Give a loaded, frozen base its weights as chosen, and on a CPU the fewest calls a step."""
-    if kinds is not None:
+def choose_blocks(weights: GgufWeights) -> Choice:
+    """For a base that computes in float32 and lies in a GGUF file: blocks that a kernel reads stay as they
+    are, with the answers of the decoded weights; others are held in 16 bits, as the model folder has them."""
+    if library() is None:
+        return Choice(None, "weights are decoded to float32: there are no compiled kernels for blocks")
+    types, given = weights.types(), dict[str, Kind | None]()
+    for module, name in types.items():
+        if name.lower() in _READ and weights.columns(module) % BLOCK == 0:
+            given[module] = Kind(name.lower())
+        elif name in ("F32", "BF16"):  # float16 does not hold them
+            given[module] = None
+    counted = ", ".join(f"{count} in {name}" for name, count in Counter(types.values()).most_common())
+    decoded = len(types) - len(given)
+    note = f", {decoded} of them decoded to 16 bits, for which there is no kernel" if decoded else ""
+    return Choice(
+        Kinds(Kind.F16, Kind.F16, given), f"weights stay as they lie in the file: matrices {counted}{note}"
+    )
+
+
+def prepare(
+    model: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    kinds: Kinds | None,
+    weights: GgufWeights | None = None,
+) -> None:
+    """Give a loaded, frozen base its weights as chosen, and on a CPU the fewest calls a step.
+
+    Args:
+        model: loaded.
+        device: where it is.
+        dtype: what it computes in.
+        kinds: how matrices are held, where that is not `dtype`.
+        weights: the file that `kinds.given` is about.
+    """
+    if kinds is not None and weights is not None:
+        _restore(model, kinds, weights)
+        store_weights(model, kinds, partial(_packed, weights))
+    elif kinds is not None:
         store_weights(model, kinds)
     else:
         pack_linears(model)
     if device.type == "cpu" and dtype == torch.float32:
         make_lean(model)
+
+
+def _packed(weights: GgufWeights, path: str) -> Packed:
+    """A matrix as it lies in the file, in memory of its own: the file may go while it is served."""
+    blocks = weights.blocks(path)
+    return Packed.from_blocks(blocks.data.clone(), blocks.type)
+
+
+def _restore(model: nn.Module, kinds: Kinds, weights: GgufWeights) -> None:
+    """Give what is not stored (norms, biases, matrices in float32) its values in float32: 16 bits, in which
+    the model was loaded, do not hold them."""
+    stored = {f"{place.path}.weight" for place in storable(model, kinds)}
+    for name, parameter in model.named_parameters():
+        if name not in stored:
+            parameter.data = weights.value(name, torch.float32)

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.kernels.packed_linear import Kinds, storable
+from loramux.server.engine.gguf.weights import GgufWeights
 from loramux.server.engine.model import (
     DTYPES,
     LARGE,
@@ -26,7 +27,7 @@ from loramux.server.engine.model import (
     weight_bytes,
     worth_keeping,
 )
-from loramux.server.engine.weights import QUANTIZED, choose_weights
+from loramux.server.engine.weights import QUANTIZED, choose_blocks, choose_weights
 from loramux.server.errors import StartError
 
 #: NF4 with double quantisation, as bitsandbytes stores it: one byte of scale a block, one float a block of
@@ -80,8 +81,10 @@ class Blueprint:
             raise StartError(f"base model {location}: {reason}") from None
         return cls(location, model)
 
-    def target(self, *, device: str, dtype: str, quantization: str) -> Target:
-        """Settle what the settings leave to us.
+    def target(
+        self, *, device: str, dtype: str, quantization: str, weights: GgufWeights | None = None
+    ) -> Target:
+        """Settle what the settings leave to us; `weights` are those of the GGUF file, where there is one.
 
         Raises:
             StartError: the device does not exist here, or does not go together with the quantization.
@@ -110,6 +113,9 @@ class Blueprint:
         automatic = dtype == "auto" and where.type == "cpu" and compute == torch.float32 and chosen == "none"
         if not automatic or getattr(config, "quantization_config", None) is not None:
             return Target(where, compute, chosen)
+        if weights is not None:
+            choice = choose_blocks(weights)
+            return Target(where, compute, chosen, choice.kinds, choice.why)
         large = 2 * self.parameters > LARGE
         choice = choose_weights(stored, self._largest_matrix(), large=large)
         return Target(where, compute, chosen, choice.kinds, choice.why)

@@ -79,6 +79,22 @@ class GgufWeights:
         """
         return cls(GgufFile.read(path))
 
+    def types(self) -> dict[str, str]:
+        """Module -> name of the type of its weight, for every matrix of the model; a tied head included."""
+        found = {
+            parameter.removesuffix(".weight"): self._file.tensors[self._sources[parameter]].type.name
+            for parameter, shape in self.shapes.items()
+            if len(shape) == 2 and parameter.endswith(".weight")
+        }
+        if self.config.tie_word_embeddings:
+            found["lm_head"] = found["model.embed_tokens"]
+        return found
+
+    def columns(self, module: str) -> int:
+        """Of the weight of a module that `types` names."""
+        tied = module == "lm_head" and self.config.tie_word_embeddings
+        return self.shapes[f"{'model.embed_tokens' if tied else module}.weight"][1]
+
     def dtype_of(self, parameter: str) -> torch.dtype:
         """Of `value`: float32 for norms, the file's own float type, and `BLOCKS_DTYPE` for blocks."""
         kind = self._file.tensors[self._sources[parameter]].type
