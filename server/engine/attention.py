@@ -1,10 +1,12 @@
 """How a model of transformers reads and writes the paged cache: through an attention function of ours."""
 
+import math
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -124,10 +126,7 @@ class PagedAttention:
         if key.dtype != self._dtype:
             raise ValueError(f"layer {layer} has {key.dtype} keys, the cache was planned for {self._dtype}")
         shape = (self.pages + 1, self.page_size)
-        made = tuple(
-            torch.zeros(*shape, *part.shape[1:], dtype=self._dtype, device=self._device)
-            for part in (key, value)
-        )
+        made = tuple(_zeros((*shape, *part.shape[1:]), self._dtype, self._device) for part in (key, value))
         self._layers[layer] = pair = (made[0], made[1])
         return pair
 
@@ -179,3 +178,12 @@ def paged_attention(
 
 
 AttentionInterface.register(PAGED, paged_attention)
+
+
+def _zeros(shape: Items[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on a CPU memory that the system has not given yet: a page of it comes with the first token
+    written there, so that a cache for long contexts costs neither time nor memory before it is used."""
+    if device.type != "cpu":
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    flat = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
+    return flat.view(dtype).view(*shape)
