@@ -80,7 +80,8 @@ class StaticBackend:
 
 
 class SentenceTransformerBackend:
-    """Any Transformer + Pooling layout (E5, BGE, MiniLM, ...), through sentence-transformers."""
+    """Any Transformer + Pooling layout that `TransformerBackend` does not know, through
+    sentence-transformers."""
 
     def __init__(self, files: EncoderFiles, max_tokens: int, device: str) -> None:
         from sentence_transformers import SentenceTransformer

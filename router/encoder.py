@@ -12,9 +12,11 @@ from typing import Self
 import numpy as np
 
 from .backends import Backend, Flags, SentenceTransformerBackend, StaticBackend, Vectors
-from .encoder_files import fingerprint, inspect_encoder, locate, read_json
+from .encoder_files import fingerprint, inspect_encoder, read_json
+from .encoder_place import EncoderPlace
 from .errors import RouterError, RouterFileError
 from .reading import Reading
+from .transformer_backend import TransformerBackend, is_plain
 
 E5_PREFIX = "query: "
 E5_MAX_TOKENS = 512
@@ -64,24 +66,28 @@ class Encoder:
         device: str = "cpu",
         cache_dir: Path | None = None,
     ) -> Self:
-        """Load a directory, or a hub id that is in the local cache (nothing is downloaded, no code is run).
+        """Load a directory, an installed package's model, or a hub id that is in the local cache.
 
-        The id is `id` when given, else the hub id, else a fingerprint of the directory's content.
+        Nothing is downloaded, no code is run. The id is `id` when given, else the hub id, else a fingerprint
+        of the directory's content.
         `prefix` None takes the model's own (`own_prefix`); `max_tokens` is lowered to the model's own limit.
         Raises RouterFileError naming what is wrong.
         """
         if max_tokens < 1:
             raise RouterError(f"max_tokens must be at least 1, got {max_tokens}")
-        root, hub_id = locate(location, cache_dir)
+        place = EncoderPlace.find(location, cache_dir)
+        root = place.folder
         files = inspect_encoder(root)
         backend: Backend
         if files.kind == "static":
             backend = StaticBackend(files.weights_dir, max_tokens)
+        elif is_plain(files):
+            backend = TransformerBackend(files, max_tokens, device)
         else:
             backend = SentenceTransformerBackend(files, max_tokens, device)
         spec = EncoderSpec(
-            id=id or hub_id or fingerprint(files),
-            prefix=own_prefix(root, hub_id) if prefix is None else prefix,
+            id=id or place.hub_id or fingerprint(files),
+            prefix=own_prefix(place) if prefix is None else prefix,
             pooling=files.pooling,
             normalize=True,
             dimension=backend.dimension,
@@ -112,21 +118,21 @@ class Encoder:
         return self._reading is None or self._reading.reads(text)
 
 
-def own_prefix(root: Path, hub_id: str | None = None) -> str:
+def own_prefix(place: EncoderPlace) -> str:
     """What a model wants in front of a query: its own "query" prompt, or E5's prefix for an E5.
 
     A sentence-transformers model that declares no prompt and is not called E5 gets none: with "query: " in
     front all-MiniLM-L6-v2 finds every short text close to texts about databases. A folder without that file
     is taken for an E5.
     """
-    file = root / "config_sentence_transformers.json"
+    file = place.folder / "config_sentence_transformers.json"
     if not file.is_file():
         return E5_PREFIX
     config = read_json(file)
     prompts = config.get("prompts") if isinstance(config, dict) else None
     if isinstance(prompts, dict) and isinstance(prompts.get("query"), str):
         return str(prompts["query"])
-    names = (hub_id or root.name).lower().split("/")
+    names = place.name.lower().split("/")
     return E5_PREFIX if any("e5" in re.split(r"[^a-z0-9]+", name) for name in names) else ""
 
 

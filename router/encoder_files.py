@@ -1,4 +1,4 @@
-"""Where an encoder lives on disk, and whether it is safe to load.
+"""Whether an encoder's directory is safe to load, and what identifies its content.
 
 An encoder is a sentence-transformers directory (`modules.json`) or a plain Hugging Face model directory
 (`config.json` only, which gets mean pooling and L2 normalisation as the E5 model cards ask). Weights are
@@ -38,28 +38,6 @@ class EncoderFiles:
     kind: Literal["static", "transformer"]
     weights_dir: Path
     pooling: str
-
-
-def locate(location: str | Path, cache_dir: Path | None = None) -> tuple[Path, str | None]:
-    """Resolve a directory or a hub id that is already in the local cache; nothing is downloaded.
-
-    Returns the directory and, when `location` was a hub id, that id.
-    Raises RouterFileError when neither exists.
-    """
-    path = Path(location)
-    if path.is_dir():
-        return path.resolve(), None
-    name = str(location)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name, local_files_only=True, cache_dir=cache_dir)), name
-        except LocalEntryNotFoundError:
-            hint = "not a directory, and not a model in the local Hugging Face cache; download it there first"
-            raise RouterFileError(name, "", f"encoder not found: {hint}") from None
-    raise RouterFileError(name, "", "encoder not found: give a directory or a cached hub id (owner/name)")
 
 
 def inspect_encoder(root: Path) -> EncoderFiles:

@@ -1,5 +1,6 @@
 """Reading `router.json` strictly: every key known, every value typed, every error naming file and field."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -8,13 +9,15 @@ from typing import Any, TypeVar
 from .decision import STRATEGIES, Strategy
 from .encoder import EncoderSpec
 from .encoder_files import read_json
+from .encoder_place import Package
 from .errors import RouterFileError
 from .state import Calibration
 
-FORMAT, VERSION = "loramux-router", 2
+# What is written has the lowest version that can say it, so that older releases read it too.
+FORMAT, VERSION, PACKAGE_VERSION = "loramux-router", 2, 3
 T = TypeVar("T")
 _KEYS = ("format", "version", "experts", "encoder", "classifier", "calibration", "hybrid_weight", "centring")
-_KEYS_OF = {1: _KEYS, 2: (*_KEYS, "familiarity")}
+_KEYS_OF = {1: _KEYS, 2: (*_KEYS, "familiarity"), 3: (*_KEYS, "familiarity")}
 _ENCODER_KEYS = (*(field.name for field in fields(EncoderSpec)), "path")
 
 
@@ -22,12 +25,14 @@ _ENCODER_KEYS = (*(field.name for field in fields(EncoderSpec)), "path")
 class Header:
     """The content of `router.json`. `classifier` is its kind or None; paths are relative to the directory.
 
-    `familiarity` is the center and scale of its curve; None in version 1, and where the fit made none.
+    `encoder_package` is the installed package that brings the encoder (from version 3 on); it goes with no
+    path. `familiarity` is the center and scale of its curve; None in version 1, and where the fit made none.
     """
 
     experts: tuple[str, ...]
     encoder: EncoderSpec
     encoder_path: str | None
+    encoder_package: Package | None
     classifier: str | None
     classifier_path: str | None
     calibration: dict[Strategy, Calibration]
@@ -50,8 +55,9 @@ def read_header(file: Path) -> Header:
     kind = _classifier_kind(file, content["classifier"])
     return Header(
         experts=_experts(file, content["experts"]),
-        encoder=_spec(file, content["encoder"]),
+        encoder=_spec(file, content["encoder"], packaged=keys is _KEYS_OF[PACKAGE_VERSION]),
         encoder_path=content["encoder"]["path"],
+        encoder_package=_package(file, content["encoder"]),
         classifier=kind,
         classifier_path=content["classifier"]["path"] if kind == "transformer" else None,
         calibration=_calibration(file, content["calibration"]),
@@ -69,8 +75,8 @@ def _experts(file: Path, value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _spec(file: Path, value: Any) -> EncoderSpec:
-    entry = _object(file, "encoder", value, _ENCODER_KEYS)
+def _spec(file: Path, value: Any, *, packaged: bool) -> EncoderSpec:
+    entry = _object(file, "encoder", value, (*_ENCODER_KEYS, "package") if packaged else _ENCODER_KEYS)
     for name in ("id", "prefix", "pooling"):
         _expect(file, f"encoder.{name}", entry[name], str)
     for name in ("dimension", "max_tokens"):
@@ -81,6 +87,18 @@ def _spec(file: Path, value: Any) -> EncoderSpec:
     if entry["path"] is not None:
         _expect(file, "encoder.path", entry["path"], str)
     return EncoderSpec(**{field.name: entry[field.name] for field in fields(EncoderSpec)})
+
+
+def _package(file: Path, entry: dict[str, Any]) -> Package | None:
+    if entry.get("package") is None:
+        return None
+    content = _object(file, "encoder.package", entry["package"], [field.name for field in fields(Package)])
+    package = Package(**{key: _expect(file, f"encoder.package.{key}", content[key], str) for key in content})
+    if not re.fullmatch(r"\w+", package.name):
+        raise RouterFileError(file, "encoder.package.name", f"{package.name!r} is not the name of a module")
+    if entry["path"] is not None:
+        raise RouterFileError(file, "encoder.path", "must be null: the encoder comes from a package")
+    return package
 
 
 def _classifier_kind(file: Path, value: Any) -> str | None:

@@ -4,7 +4,7 @@ router.json         strict keys; experts in order, encoder, classifier, calibrat
 router.safetensors  centroids [k, d], corpus_mean [d], classifier.weight [k, d], classifier.bias [k],
                     familiarity.means [k, d], familiarity.precision [d, d],
                     samples.vectors [s, d] float16, samples.labels [s]
-encoder/            the embedder, when the router brings its own
+encoder/            the embedder, when the router brings its own (else a package's, or one of the hub)
 classifier/         a fine-tuned sequence classifier, when `classifier.kind` is "transformer"
 """
 
@@ -21,9 +21,11 @@ import numpy.typing as npt
 from .classifier import Classifier, LinearClassifier, TransformerClassifier
 from .decision import STRATEGIES, RoutingOptions
 from .encoder import Encoder, EncoderSpec
+from .encoder_place import Package
 from .errors import RouterError, RouterFileError, RoutingOptionsError
 from .familiarity import Familiarity
-from .header import FORMAT, VERSION, Header, read_header
+from .header import FORMAT, PACKAGE_VERSION, VERSION, Header, read_header
+from .packages import package_folder
 from .router import DEFAULTS, Router
 from .state import RouterState, Samples
 
@@ -35,11 +37,13 @@ def save_router(
     folder: Path,
     *,
     encoder_path: str | None = "encoder",
+    encoder_package: Package | None = None,
     transformer_classifier: str | None = None,
 ) -> None:
     """Write a router directory. Paths are relative to it; each file is replaced whole.
 
-    `encoder_path` None means that the encoder's id is a hub id to be found in the local cache.
+    `encoder_path` None means that the encoder comes from `encoder_package`, or else that its id is a hub id to
+    be found in the local cache.
     `transformer_classifier` names the folder of a sequence classifier that replaces the linear head.
     """
     from safetensors.numpy import save_file
@@ -64,11 +68,14 @@ def save_router(
     if state.samples is not None:
         tensors["samples.vectors"] = np.ascontiguousarray(state.samples.vectors, np.float16)
         tensors["samples.labels"] = np.ascontiguousarray(state.samples.labels, np.int32)
+    encoder: dict[str, Any] = {**asdict(state.encoder), "path": encoder_path}
+    if encoder_package is not None:
+        encoder |= {"path": None, "package": asdict(encoder_package)}
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if encoder_package is None else PACKAGE_VERSION,
         "experts": list(state.experts),
-        "encoder": {**asdict(state.encoder), "path": encoder_path},
+        "encoder": encoder,
         "classifier": classifier,
         "calibration": {strategy: asdict(state.calibration[strategy]) for strategy in STRATEGIES},
         "hybrid_weight": state.hybrid_weight,
@@ -144,7 +151,7 @@ def load_router(
             file, "experts", f"differ from the pool's: missing {missing}, unknown {unknown}"
         )
     loaded = _load_encoder(folder, header, encoder, encoder_id, device)
-    _same_encoder(file, state.encoder, loaded.spec)
+    _same_encoder(file, state.encoder, loaded.spec, header.encoder_package)
     classifier: Classifier | None = None
     if header.classifier_path is not None:
         place = _inside(folder, file, "classifier.path", header.classifier_path)
@@ -169,6 +176,11 @@ def _load_encoder(
     spec, path, identity = header.encoder, header.encoder_path, override_id
     if override is not None:
         location = override
+    elif header.encoder_package is not None:
+        location = header.encoder_package.name
+        if package_folder(location) is None:
+            problem = f"{location} is not installed; {header.encoder_package.advice}"
+            raise RouterFileError(folder / ROUTER_FILE, "encoder.package", problem)
     elif path is not None:
         location = _inside(folder, folder / ROUTER_FILE, "encoder.path", path)
         if not spec.id.startswith("sha256:"):
@@ -178,13 +190,14 @@ def _load_encoder(
     return Encoder.load(location, id=identity, prefix=spec.prefix, max_tokens=spec.max_tokens, device=device)
 
 
-def _same_encoder(file: Path, stored: EncoderSpec, loaded: EncoderSpec) -> None:
+def _same_encoder(file: Path, stored: EncoderSpec, loaded: EncoderSpec, package: Package | None) -> None:
     for field in fields(EncoderSpec):
         want, have = getattr(stored, field.name), getattr(loaded, field.name)
         if want != have:
+            use = "use that encoder" if package is None else f"use that of the wheel ({package.advice})"
             problem = (
                 f"the centroids were made with {want!r}, the encoder has {have!r}; "
-                "use that encoder, or fit the router again with this one"
+                f"{use}, or fit the router again with this one"
             )
             raise RouterFileError(file, f"encoder.{field.name}", problem)
 

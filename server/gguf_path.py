@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from importlib.util import find_spec
 from pathlib import Path
 
+from loramux.router.packages import package_folder
 from loramux.server.errors import StartError
-
-_PACKAGE = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
 def find_gguf(given: str) -> Path | None:
@@ -29,18 +26,6 @@ def find_gguf(given: str) -> Path | None:
     if (file := _only(folder, sorted(folder.rglob("*.gguf")))) is None:
         raise StartError(f"base model {given}: the package in {folder} holds no GGUF file")
     return file
-
-
-def package_folder(name: str) -> Path | None:
-    """The folder of an installed package, which is not imported; None where there is none of that name."""
-    if not _PACKAGE.fullmatch(name):
-        return None
-    try:
-        spec = find_spec(name.replace("-", "_"))
-    except (ImportError, ValueError):
-        return None
-    places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return Path(places[0]) if places else None
 
 
 def _only(folder: Path, files: list[Path]) -> Path | None:

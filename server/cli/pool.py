@@ -1,4 +1,4 @@
-"""`loramux pool`: build a pool from rows, check one, add an expert or a sparse model to one."""
+"""`loramux pool`: build a pool from rows, begin one of adapters, check, show and change one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from typing import Annotated
 
 import typer
 
+from loramux.router.encoder_place import DEFAULT_ENCODER
+from loramux.server.cli.pool_new import new
 from loramux.server.cli.rows import Rows
 from loramux.server.cli.training_options import BASE_HELP
 
 app = typer.Typer(help="Build, check and extend pools.", no_args_is_help=True)
+
+app.command()(new)
+
+STATIC = "static"
 
 Pool = Annotated[Path, typer.Argument(help="Pool directory.")]
 
@@ -24,8 +30,12 @@ def build(
     name: Annotated[str | None, typer.Option(help="Name of the pool; unset: the name of OUT.")] = None,
     copy_base: Annotated[bool, typer.Option(help="Copy a base folder or GGUF file into the pool.")] = True,
     encoder: Annotated[
-        str | None, typer.Option(help="Embedder directory or cached hub id; unset: one is trained.")
-    ] = None,
+        str,
+        typer.Option(
+            help="Encoder of the router: a directory, an installed package, a cached hub id; `static` trains "
+            "a small one on the rows."
+        ),
+    ] = DEFAULT_ENCODER,
     experts: Annotated[int, typer.Option(min=1, help="Clusters to look for.")] = 12,
     min_rows: Annotated[int, typer.Option(min=2, help="Smaller clusters are dissolved.")] = 32,
     held_out: Annotated[
@@ -52,7 +62,7 @@ def build(
         base_id=base_id,
         name=name or out.resolve().name,
         copy_base=copy_base,
-        encoder=encoder,
+        encoder=None if encoder == STATIC else encoder,
         experts=experts,
         min_rows=min_rows,
         held_out=held_out,
@@ -93,16 +103,40 @@ def add(
     pool: Pool,
     adapter: Annotated[Path, typer.Argument(help="PEFT LoRA directory.")],
     id: Annotated[str, typer.Option(help="Name of the expert: a lower-case slug.")],
-    data: Rows,
+    data: Annotated[
+        list[Path],
+        typer.Option(help="Examples: JSONL rows, a folder of them, or a .txt file with a prompt a line."),
+    ],
     description: Annotated[str, typer.Option(help="One line for people.")] = "",
     any_base: Annotated[bool, typer.Option(help="Accept an adapter that names another base.")] = False,
 ) -> None:
-    """Copy a PEFT LoRA into a pool; the rows teach the router what it is for."""
-    from loramux.adapters.training.rows import read_rows
+    """Copy a PEFT LoRA into a pool; the examples teach the router what it is for."""
     from loramux.server.pool.add import add_expert
+    from loramux.server.pool.example_texts import read_texts
 
-    entry = add_expert(pool, adapter, id=id, rows=read_rows(data), description=description, any_base=any_base)
-    typer.echo(f"{pool}: {entry.id} added from {entry.rows} example rows")
+    texts = read_texts(data)
+    entry = add_expert(pool, adapter, id=id, texts=texts, description=description, any_base=any_base)
+    typer.echo(f"{pool}: {entry.id} added from {entry.rows} examples")
+
+
+@app.command()
+def remove(
+    pool: Pool, id: Annotated[str, typer.Option(help="The expert to take out; its files are deleted.")]
+) -> None:
+    """Take an expert out of a pool; the others keep their routes."""
+    from loramux.server.pool.add import remove_expert
+
+    remove_expert(pool, id)
+    typer.echo(f"{pool}: {id} removed")
+
+
+@app.command()
+def show(pool: Pool) -> None:
+    """Print base, encoder, experts and sparse models of a pool."""
+    from loramux.server.pool.manifest import read_pool
+    from loramux.server.pool.show import print_pool
+
+    print_pool(read_pool(pool))
 
 
 @app.command("add-sparse")

@@ -360,7 +360,7 @@ class _Planner:
 
 
 def router_bytes(pool: Pool, encoder: str | None) -> int:
-    """Bytes of the router's tensors, with those of an encoder from elsewhere if one is set."""
+    """Bytes of the router's tensors, with those of an encoder that lies elsewhere."""
     folders = [pool.router_dir]
     if encoder is not None:
         folders.append(Path(encoder))

@@ -1,20 +1,21 @@
-"""Adding someone's PEFT LoRA to a pool."""
+"""Adding someone's PEFT LoRA to a pool, and taking one out."""
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loramux.adapters.adapter_files import CONFIG_FILE, TENSOR_FILE
 from loramux.adapters.peft_format import read_lora
-from loramux.adapters.training.rows import Row, user_text
 from loramux.router.fit.router import add_expert as add_to_router
-from loramux.router.header import read_header
-from loramux.router.store import ROUTER_FILE, load_router, save_router
+from loramux.router.fit.router import remove_expert as remove_from_router
+from loramux.router.header import Header, read_header
+from loramux.router.state import RouterState
+from loramux.router.store import ROUTER_FILE, load_router, load_state, save_router
+from loramux.server.pool.assembly import check_id, copy_adapter
 from loramux.server.pool.check import base_shapes
+from loramux.server.pool.example_texts import check_texts, routing_vectors
 from loramux.server.pool.manifest import (
     ExpertEntry,
     Manifest,
@@ -26,81 +27,105 @@ from loramux.server.pool.manifest import (
     write_manifest,
 )
 
-_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_RESERVED = "auto"
-
 
 def add_expert(
     root: Path,
     adapter: Path,
     *,
     id: str,
-    rows: Sequence[Row],
+    texts: Sequence[str],
     description: str = "",
     any_base: bool = False,
 ) -> ExpertEntry:
     """Copy a PEFT LoRA into a pool and teach the router which texts it answers.
 
-    The new centroid is the mean embedding of the rows' user texts. The classifier and the calibration are
-    fitted again on the sample embeddings that the router keeps of every expert and on the new rows. The pool
-    changes in one move, when its new `pool.json` replaces the old one.
+    The new centroid is the mean embedding of the texts. The classifier and the calibration are fitted again
+    on the sample embeddings that the router keeps of every expert and on the new ones. The pool changes in
+    one move, when its new `pool.json` replaces the old one.
 
     Args:
         root: the pool.
         adapter: an ordinary PEFT LoRA directory; its two files are copied.
         id: the expert's name: a lower-case slug that the pool does not use yet.
-        rows: at least 2 examples of what the expert is for.
+        texts: at least 2 examples of what users ask the expert.
         description: one line for people.
         any_base: accept an adapter whose config names another base; its shapes must still fit.
 
     Raises:
-        PoolError: the pool is damaged, the id cannot be used, or there are too few rows.
+        PoolError: the pool is damaged, the id cannot be used, or there are too few texts.
         AdapterError: the adapter cannot be served; says why.
         RouterError: the router keeps no sample embeddings, or its encoder cannot be loaded.
     """
-    pool = read_pool(root)
-    manifest = pool.manifest
-    if problems := verify(root):
-        raise PoolError(f"{root}: {problems[0]}; mend the pool first (`loramux pool check {root}`)")
-    if not _SLUG.fullmatch(id) or id == _RESERVED:
-        raise PoolError(f"expert id {id!r}: use a lower-case slug such as tax-law, and not {_RESERVED!r}")
-    if id in {manifest.base.id, *(e.id for e in manifest.experts), *(s.id for s in manifest.sparse)}:
-        raise PoolError(f"expert id {id!r} is used in this pool already; choose another")
-    if len(rows) < 2:
-        raise PoolError(f"{len(rows)} example rows are too few to route by; give at least 2, better 50")
+    pool = _sound(root)
+    check_id("expert", id, pool.manifest.names)
+    check_texts(id, texts)
     read_lora(adapter, id=id, base=base_shapes(pool), any_base=any_base)
-    place = root / "experts" / id
-    if place.exists():
-        shutil.rmtree(place)
-    place.mkdir(parents=True)
-    for name in (CONFIG_FILE, TENSOR_FILE):
-        shutil.copyfile(adapter / name, place / name)
-    router = _extended_router(pool, id, rows)
+    header = _header(pool)
+    router = load_router(pool.router_dir, experts=[entry.id for entry in pool.manifest.experts])
+    state = add_to_router(router.state, id, routing_vectors(router.encoder, id, texts))
+    place = _write_router(pool, header, state)
+    copy_adapter(adapter, root / "experts" / id)
     entry = ExpertEntry(
-        id=id, path=f"experts/{id}", description=description, rows=len(rows), any_base=any_base
+        id=id, path=f"experts/{id}", description=description, rows=len(texts), any_base=any_base
     )
-    old = manifest.router.path.rstrip("/")
-    files = {name: value for name, value in hash_files(root).items() if not name.startswith(f"{old}/")}
-    experts = (*manifest.experts, entry)
-    changed: Manifest = replace(
-        manifest, experts=experts, router=replace(manifest.router, path=router.name), files=files
-    )
-    write_manifest(root, changed)
-    shutil.rmtree(root / old)
+    _replace(pool, replace(pool.manifest, experts=(*pool.manifest.experts, entry)), place)
     return entry
 
 
-def _extended_router(pool: Pool, id: str, rows: Sequence[Row]) -> Path:
-    """A copy of the pool's router that knows one more expert, in a new folder beside the old one."""
+def remove_expert(root: Path, id: str) -> None:
+    """Take an expert out of a pool; the others keep their routes and their calibration.
+
+    Raises:
+        PoolError: the pool is damaged, has no such expert, or none but this.
+        RouterError: the router cannot be read.
+    """
+    pool = _sound(root)
+    gone = next((entry for entry in pool.manifest.experts if entry.id == id), None)
+    if gone is None:
+        known = ", ".join(entry.id for entry in pool.manifest.experts)
+        raise PoolError(f"{root}: no expert {id!r}; it has {known}")
+    if len(pool.manifest.experts) == 1:
+        raise PoolError(f"{root}: {id} is the last expert; remove the pool instead")
+    router = _write_router(pool, _header(pool), remove_from_router(load_state(pool.router_dir), id))
+    experts = tuple(entry for entry in pool.manifest.experts if entry is not gone)
+    folder = pool.expert_dir(gone)
+    _replace(pool, replace(pool.manifest, experts=experts), router, without=folder)
+    shutil.rmtree(folder)
+
+
+def _sound(root: Path) -> Pool:
+    pool = read_pool(root)
+    if problems := verify(root):
+        raise PoolError(f"{root}: {problems[0]}; mend the pool first (`loramux pool check {root}`)")
+    return pool
+
+
+def _replace(pool: Pool, manifest: Manifest, router: Path, *, without: Path | None = None) -> None:
+    """Make `manifest` with another router the pool's, and remove the old router."""
+    old = pool.router_dir
+    files = {
+        name: value
+        for name, value in hash_files(pool.root).items()
+        if not any((pool.root / name).resolve().is_relative_to(gone) for gone in (old, without) if gone)
+    }
+    entry = replace(manifest.router, path=router.name)
+    write_manifest(pool.root, replace(manifest, router=entry, files=files))
+    shutil.rmtree(old)
+
+
+def _header(pool: Pool) -> Header:
+    """What the router says of itself; its experts must be open to change."""
     header = read_header(pool.router_dir / ROUTER_FILE)
     if header.classifier == "transformer":
         raise PoolError(
             f"{pool.router_dir / ROUTER_FILE}: its classifier is a fine-tuned model, which cannot be given "
-            "another class; fine-tune it with the new expert and build the router again"
+            "other classes; fine-tune it for them and build the router again"
         )
-    router = load_router(pool.router_dir, experts=[entry.id for entry in pool.manifest.experts])
-    vectors = router.encoder.encode([user_text(row) for row in rows]).vectors
-    state = add_to_router(router.state, id, vectors)
+    return header
+
+
+def _write_router(pool: Pool, header: Header, state: RouterState) -> Path:
+    """The pool's router in another state, in a new folder beside the old one."""
     number = 2
     while (pool.root / f"router-{number}").resolve() == pool.router_dir:
         number += 1
@@ -108,5 +133,5 @@ def _extended_router(pool: Pool, id: str, rows: Sequence[Row]) -> Path:
     if place.exists():
         shutil.rmtree(place)
     shutil.copytree(pool.router_dir, place)
-    save_router(state, place, encoder_path=header.encoder_path)
+    save_router(state, place, encoder_path=header.encoder_path, encoder_package=header.encoder_package)
     return place

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from loramux.adapters.adapter_files import CONFIG_FILE, TENSOR_FILE
 from loramux.adapters.sparse.options import DEFAULT, ReadOptions
 from loramux.adapters.sparse.read import read_sparse
+from loramux.server.pool.assembly import check_id, copy_adapter
 from loramux.server.pool.check import base_shapes
 from loramux.server.pool.manifest import (
     PoolError,
@@ -19,9 +17,6 @@ from loramux.server.pool.manifest import (
     verify,
     write_manifest,
 )
-
-_SLUG = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_RESERVED = "auto"
 
 
 def add_sparse(
@@ -44,19 +39,9 @@ def add_sparse(
     manifest = pool.manifest
     if problems := verify(root):
         raise PoolError(f"{root}: {problems[0]}; mend the pool first (`loramux pool check {root}`)")
-    if not _SLUG.fullmatch(id) or id == _RESERVED:
-        raise PoolError(
-            f"sparse model id {id!r}: use a lower-case slug such as tax-law, and not {_RESERVED!r}"
-        )
-    if id in {manifest.base.id, *(e.id for e in manifest.experts), *(s.id for s in manifest.sparse)}:
-        raise PoolError(f"sparse model id {id!r} is used in this pool already; choose another")
+    check_id("sparse model", id, pool.manifest.names)
     model = read_sparse(folder, id=id, base=base_shapes(pool), options=options)
-    place = root / "sparse" / id
-    if place.exists():
-        shutil.rmtree(place)
-    place.mkdir(parents=True)
-    for name in (CONFIG_FILE, TENSOR_FILE):
-        shutil.copyfile(folder / name, place / name)
+    copy_adapter(folder, root / "sparse" / id)
     entry = SparseEntry(
         id=id, path=f"sparse/{id}", kind=model.kind, description=description, **asdict(options)
     )

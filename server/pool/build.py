@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,39 +11,18 @@ import numpy as np
 from loramux.adapters.training.expert import ExpertOptions, ExpertReport, train_expert
 from loramux.adapters.training.rows import Row, read_rows, split_held_out, user_text
 from loramux.router.encoder import Encoded, Encoder
-from loramux.router.encoder_files import locate
+from loramux.router.encoder_place import EncoderPlace
 from loramux.router.fit.embedder import EmbedderOptions
 from loramux.router.fit.router import RouterFitOptions, fit_router
 from loramux.router.router import Router
 from loramux.router.state import RouterState
-from loramux.router.store import save_router
 from loramux.server.base_files import BaseFiles
-from loramux.server.engine.gguf.folder import SOURCE_FILE
+from loramux.server.pool.assembly import Assembly, check_target, copy_tree
 from loramux.server.pool.build_report import BuildReport, ExpertLine, write_report
 from loramux.server.pool.clustering import Clustering, Embedded, cluster, embed, trained_encoder
-from loramux.server.pool.manifest import (
-    MANIFEST,
-    BaseEntry,
-    ExpertEntry,
-    Manifest,
-    PoolError,
-    RouterEntry,
-    hash_files,
-    write_manifest,
-)
+from loramux.server.pool.manifest import ExpertEntry
 from loramux.server.pool.stages import Stages
 from loramux.server.pool.training_base import load_training_base
-
-_BASE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "model.safetensors.index.json",
-    SOURCE_FILE,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +32,7 @@ class BuildOptions:
     base: a model folder, a GGUF file, an installed package with one, or a hub id in the local cache. base_id:
     what the pool calls it; None: what it calls itself, or the name of its folder. copy_base: put a folder or
     file into the pool; otherwise its absolute path is recorded (packages and hub ids are named). encoder: a
-    directory or a cached hub id; None trains one on the rows. experts: number of clusters asked for; those
+    directory, an installed package or a cached hub id; None trains a static one on the rows. experts: number of clusters asked for; those
     with fewer than `min_rows` rows are dissolved. held_out: fraction of the rows that nothing is trained on.
     """
 
@@ -90,8 +68,7 @@ def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildR
         PoolError: `out` is something other than a pool, or the base is not usable.
         AdapterError, RouterError: rows, options or a stage are not usable; the message says which.
     """
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise PoolError(f"{out}: exists and is no pool; choose another directory")
+    check_target(out)
     rows, held = split_held_out(read_rows(data), options.held_out)
     base = BaseFiles.locate(options.base)
     base_id = options.base_id or base.id or Path(options.base).resolve().name
@@ -194,67 +171,23 @@ def _assemble(
     report: BuildReport,
 ) -> None:
     """Put the pool together beside `out`, then move it there."""
-    partial = out.with_name(out.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    base_path = _base_path(base, partial, copy=options.copy_base)
+    assembly = Assembly(out)
     for line in report.experts:
-        _copy_tree(work / "experts" / line.id, partial / "experts" / line.id)
-    folder, hub_id = locate(encoder)
-    if hub_id is None:
-        _copy_tree(folder, partial / "router" / "encoder")
-    save_router(state, partial / "router", encoder_path=None if hub_id else "encoder")
-    write_report(report, partial)
-    manifest = Manifest(
-        format="loramux-pool",
-        version=1,
-        name=options.name,
-        base=BaseEntry(base_id, base_path, f"sha256:{base.content}" if base.content else None),
-        experts=tuple(
-            ExpertEntry(
-                id=line.id,
-                path=f"experts/{line.id}",
-                description=f"Rows about {', '.join(line.top_terms[:4])}",
-                rows=line.rows,
-                top_terms=line.top_terms,
-            )
-            for line in report.experts
-        ),
-        router=RouterEntry(path="router"),
-        sparse=(),
-        files=hash_files(partial),
+        copy_tree(work / "experts" / line.id, assembly.root / "experts" / line.id)
+    write_report(report, assembly.root)
+    entries = tuple(
+        ExpertEntry(
+            id=line.id,
+            path=f"experts/{line.id}",
+            description=f"Rows about {', '.join(line.top_terms[:4])}",
+            rows=line.rows,
+            top_terms=line.top_terms,
+        )
+        for line in report.experts
     )
-    write_manifest(partial, manifest)
-    old = out.with_name(out.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
-    if out.exists():
-        out.rename(old)
-    partial.rename(out)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _copy_tree(source: Path, target: Path) -> None:
-    """Copy contents without modes: safetensors writes files for their owner alone, but a pool is served."""
-    shutil.copytree(source, target, copy_function=shutil.copyfile)
-
-
-def _base_path(base: BaseFiles, pool: Path, *, copy: bool) -> str:
-    """Put the base into the pool where asked; what `base.path` is then."""
-    if base.gguf is not None and not Path(base.given).exists():
-        return base.given  # a package, which is there under its name wherever it is installed
-    folder, hub_id = locate(base.folder)
-    if hub_id is not None:
-        return hub_id
-    if not copy:
-        return str((base.gguf or folder).resolve())
-    (pool / "base").mkdir()
-    if base.gguf is not None:
-        shutil.copyfile(base.gguf, pool / "base" / f"{base.gguf.name.removesuffix('.gguf')}.gguf")
-        return "base"
-    for file in sorted(folder.iterdir()):
-        if file.name in _BASE_FILES or (file.suffix == ".safetensors" and file.is_file()):
-            shutil.copyfile(file, pool / "base" / file.name)
-    return "base"
+    assembly.finish(
+        options.name,
+        assembly.put_base(base, base_id, copy=options.copy_base),
+        entries,
+        assembly.put_router(state, EncoderPlace.find(encoder)),
+    )

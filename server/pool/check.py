@@ -7,7 +7,7 @@ from pathlib import Path
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import AdapterError
 from loramux.adapters.peft_format import read_lora
-from loramux.router.encoder_files import locate
+from loramux.router.encoder_place import EncoderPlace
 from loramux.router.errors import RouterError
 from loramux.router.store import load_router
 from loramux.server.base_files import BaseFiles
@@ -25,7 +25,7 @@ def base_shapes(pool: Pool) -> BaseShapes:
     """
     base = BaseFiles.locate(pool.base_location, content=pool.base_content)
     try:
-        folder, _ = locate(base.folder)
+        folder = EncoderPlace.find(base.folder).folder
     except RouterError:
         raise PoolError(f"base {pool.base_location!r}: neither a directory nor a cached model") from None
     return BaseShapes.from_config_dir(folder, pool.manifest.base.id)

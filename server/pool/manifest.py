@@ -15,8 +15,8 @@ from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, Validati
 
 from loramux.adapters.sparse.kind import Kind
 from loramux.adapters.sparse.options import ReadOptions
+from loramux.router.packages import package_folder
 from loramux.server.errors import StartError
-from loramux.server.gguf_path import package_folder
 
 MANIFEST = "pool.json"
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -96,6 +96,11 @@ class Manifest:
     router: RouterEntry
     sparse: tuple[SparseEntry, ...]
     files: dict[str, FileHash]
+
+    @property
+    def names(self) -> list[str]:
+        """The ids of base, experts and sparse models."""
+        return [self.base.id, *(e.id for e in self.experts), *(s.id for s in self.sparse)]
 
 
 _ADAPTER = TypeAdapter(Manifest)
@@ -179,7 +184,7 @@ def read_pool(root: Path) -> Pool:
         key = ".".join(str(part) for part in first["loc"])
         problem = "unknown key" if first["type"] == "unexpected_keyword_argument" else first["msg"]
         raise PoolError(f"{file}: {key}: {problem}" if key else f"{file}: {problem}") from error
-    names = [manifest.base.id, *(e.id for e in manifest.experts), *(s.id for s in manifest.sparse)]
+    names = manifest.names
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise PoolError(f"{file}: the id {twice[0]!r} is used twice")
     pool = Pool(root, manifest)

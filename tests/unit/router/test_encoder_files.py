@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from loramux.router.encoder import Encoder
-from loramux.router.encoder_files import fingerprint, inspect_encoder, locate
+from loramux.router.encoder_files import fingerprint, inspect_encoder
+from loramux.router.encoder_place import EncoderPlace
 from loramux.router.errors import RouterFileError
 from tests.unit.router.kit import edit_json, module, write_json, write_static_encoder
 
@@ -36,7 +37,7 @@ def test_a_hub_id_is_found_in_the_cache_and_is_the_encoders_id(tmp_path: Path) -
 @pytest.mark.parametrize("name", ["someone/absent", "nowhere", "./nowhere", "a/b/c", "/no/such"])
 def test_what_is_neither_directory_nor_cached_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(RouterFileError, match="encoder not found") as caught:
-        locate(name, tmp_path)
+        EncoderPlace.find(name, tmp_path)
     assert caught.value.file == name
     assert "\n" not in str(caught.value)
 

@@ -96,7 +96,7 @@ def drop(key: str) -> Callable[[dict[str, Any]], Any]:
 JSON_DAMAGE: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
     ("format", lambda c: c.update(format="other"), "format"),
     ("scale", lambda c: c["familiarity"].update(scale=0), "familiarity.scale"),
-    ("version", lambda c: c.update(version=3), "version"),
+    ("version", lambda c: c.update(version=4), "version"),
     ("extra", lambda c: c.update(colour="red"), "unknown keys ['colour']"),
     ("missing", drop("centring"), "missing keys ['centring']"),
     ("list", lambda c: [c], "expected an object"),

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from loramux.adapters.training import loop
 from loramux.adapters.training.base import BaseOptions, train_base
 from loramux.adapters.training.expert import ExpertOptions
-from loramux.adapters.training.rows import Row
+from loramux.adapters.training.rows import Row, user_text
 from loramux.router.fit.embedder import EmbedderOptions
 from loramux.router.fit.router import RouterFitOptions
 from loramux.router.store import load_router
@@ -186,7 +186,7 @@ def test_someones_lora_can_be_added_and_is_routed_to(copy, options, tmp_path):
     model, tokenizer = load_training_base(options.base)
     train_expert(model, tokenizer, sky, [], tmp_path / "sky", options.expert, base_id="tiny")
     before = read_pool(copy).manifest
-    add_expert(copy, tmp_path / "sky", id="sky", rows=sky, description="Stars")
+    add_expert(copy, tmp_path / "sky", id="sky", texts=[user_text(row) for row in sky], description="Stars")
     manifest = read_pool(copy).manifest
     assert check_pool(copy) == []
     assert manifest.experts[:-1] == before.experts
@@ -200,38 +200,39 @@ def test_someones_lora_can_be_added_and_is_routed_to(copy, options, tmp_path):
         chosen = [d.candidates[0].id for d in router.decide([r.instruction for r in rows_of(kind, 10, 2)])]
         assert "sky" not in chosen
     with pytest.raises(PoolError, match="used in this pool already"):
-        add_expert(copy, tmp_path / "sky", id="sky", rows=sky)
+        add_expert(copy, tmp_path / "sky", id="sky", texts=[user_text(row) for row in sky])
 
 
 def test_what_cannot_be_added_is_refused_and_the_pool_stays_as_it_was(copy, built, tmp_path):
     from loramux.adapters.errors import AdapterError, BaseMismatchError
 
     source = next((built[0] / "experts").iterdir())
-    rows = rows_of("zoo", 5)
+    texts = [row.instruction for row in rows_of("zoo", 5)]
     for id in ("Big Cats", "auto", "tiny"):
         with pytest.raises(PoolError, match="expert id"):
-            add_expert(copy, source, id=id, rows=rows)
+            add_expert(copy, source, id=id, texts=texts)
     with pytest.raises(PoolError, match="too few"):
-        add_expert(copy, source, id="new", rows=rows[:1])
+        add_expert(copy, source, id="new", texts=texts[:1])
     foreign = shutil.copytree(source, tmp_path / "foreign")
     config = json.loads((foreign / "adapter_config.json").read_text())
     (foreign / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "big"}))
     with pytest.raises(BaseMismatchError, match="big"):
-        add_expert(copy, foreign, id="new", rows=rows)
+        add_expert(copy, foreign, id="new", texts=texts)
     (foreign / "adapter_config.json").write_text(json.dumps({**config, "use_dora": True}))
     with pytest.raises(AdapterError, match="use_dora"):
-        add_expert(copy, foreign, id="new", rows=rows)
+        add_expert(copy, foreign, id="new", texts=texts)
     assert verify(copy) == []
     assert read_pool(copy).manifest == read_pool(built[0]).manifest
     (copy / "report.json").write_text("{}")
     with pytest.raises(PoolError, match=r"report\.json: changed"):
-        add_expert(copy, source, id="new", rows=rows)
+        add_expert(copy, source, id="new", texts=texts)
 
 
 @pytest.mark.parametrize("held_out", ["0.1", "0"])
 def test_the_command_builds_a_pool(corpus, options, tmp_path, held_out):
     arguments = ["build", "--data", str(corpus), "--out", str(tmp_path / "p"), "--base", options.base]
     arguments += ["--experts", "2", "--min-rows", "8", "--epochs", "0.2", "--rank", "1", "--no-copy-base"]
+    arguments += ["--encoder", "static"]
     result = CliRunner().invoke(
         app, [*arguments, "--held-out", held_out, "--base-id", "b"], env={"COLUMNS": "160"}
     )
