@@ -14,7 +14,7 @@ from .errors import RouterFileError
 from .state import Calibration
 
 # What is written has the lowest version that can say it, so that older releases read it too.
-FORMAT, VERSION, PACKAGE_VERSION = "loramux-router", 2, 3
+FORMAT, VERSION, NEWEST_VERSION = "loramux-router", 2, 3
 T = TypeVar("T")
 _KEYS = ("format", "version", "experts", "encoder", "classifier", "calibration", "hybrid_weight", "centring")
 _KEYS_OF = {1: _KEYS, 2: (*_KEYS, "familiarity"), 3: (*_KEYS, "familiarity")}
@@ -27,6 +27,7 @@ class Header:
 
     `encoder_package` is the installed package that brings the encoder (from version 3 on); it goes with no
     path. `familiarity` is the center and scale of its curve; None in version 1, and where the fit made none.
+    `general`: it has general texts (from version 3 on).
     """
 
     experts: tuple[str, ...]
@@ -39,6 +40,7 @@ class Header:
     hybrid_weight: float
     centring: bool
     familiarity: tuple[float, float] | None
+    general: bool
 
 
 def read_header(file: Path) -> Header:
@@ -52,10 +54,11 @@ def read_header(file: Path) -> Header:
     if keys is None:
         problem = f"this release reads versions {', '.join(map(str, _KEYS_OF))}, got {version!r}"
         raise RouterFileError(file, "version", problem)
+    newest = keys is _KEYS_OF[NEWEST_VERSION]
     kind = _classifier_kind(file, content["classifier"])
     return Header(
         experts=_experts(file, content["experts"]),
-        encoder=_spec(file, content["encoder"], packaged=keys is _KEYS_OF[PACKAGE_VERSION]),
+        encoder=_spec(file, content["encoder"], packaged=newest),
         encoder_path=content["encoder"]["path"],
         encoder_package=_package(file, content["encoder"]),
         classifier=kind,
@@ -63,7 +66,8 @@ def read_header(file: Path) -> Header:
         calibration=_calibration(file, content["calibration"]),
         hybrid_weight=_number(file, "hybrid_weight", content["hybrid_weight"], 0.0, 1.0),
         centring=_expect(file, "centring", content["centring"], bool),
-        familiarity=_curve(file, content.get("familiarity")),
+        familiarity=_curve(file, content.get("familiarity"), newest=newest),
+        general=newest and bool((content["familiarity"] or {}).get("general")),
     )
 
 
@@ -125,10 +129,12 @@ def _calibration(file: Path, value: Any) -> dict[Strategy, Calibration]:
     return result
 
 
-def _curve(file: Path, value: Any) -> tuple[float, float] | None:
+def _curve(file: Path, value: Any, *, newest: bool) -> tuple[float, float] | None:
     if value is None:
         return None
-    entry = _object(file, "familiarity", value, ("center", "scale"))
+    entry = _object(file, "familiarity", value, ("center", "scale", *(("general",) if newest else ())))
+    if newest:
+        _expect(file, "familiarity.general", entry["general"], bool)
     center = _number(file, "familiarity.center", entry["center"], -1e12, 1e12)
     return center, _number(file, "familiarity.scale", entry["scale"], 1e-12, 1e12)
 

@@ -2,9 +2,9 @@
 
 router.json         strict keys; experts in order, encoder, classifier, calibration
 router.safetensors  centroids [k, d], corpus_mean [d], classifier.weight [k, d], classifier.bias [k],
-                    familiarity.means [k, d], familiarity.precision [d, d],
+                    familiarity.means [k, d], familiarity.precision [d, d], familiarity.general [b, d],
                     samples.vectors [s, d] float16, samples.labels [s]
-encoder/            the embedder, when the router brings its own (else a package's, or one of the hub)
+encoder/            the embedder, when the router brings its own (else a package's or the hub's)
 classifier/         a fine-tuned sequence classifier, when `classifier.kind` is "transformer"
 """
 
@@ -24,7 +24,7 @@ from .encoder import Encoder, EncoderSpec
 from .encoder_place import Package
 from .errors import RouterError, RouterFileError, RoutingOptionsError
 from .familiarity import Familiarity
-from .header import FORMAT, PACKAGE_VERSION, VERSION, Header, read_header
+from .header import FORMAT, NEWEST_VERSION, VERSION, Header, read_header
 from .packages import package_folder
 from .router import DEFAULTS, Router
 from .state import RouterState, Samples
@@ -42,8 +42,8 @@ def save_router(
 ) -> None:
     """Write a router directory. Paths are relative to it; each file is replaced whole.
 
-    `encoder_path` None means that the encoder comes from `encoder_package`, or else that its id is a hub id to
-    be found in the local cache.
+    `encoder_path` None means that the encoder comes from `encoder_package`, or else that its id is a hub id
+    to be found in the local cache.
     `transformer_classifier` names the folder of a sequence classifier that replaces the linear head.
     """
     from safetensors.numpy import save_file
@@ -60,20 +60,28 @@ def save_router(
         classifier = {"kind": "linear", "path": None}
         tensors["classifier.weight"] = np.ascontiguousarray(state.classifier.weight)
         tensors["classifier.bias"] = np.ascontiguousarray(state.classifier.bias)
-    curve: dict[str, float] | None = None
+    curve: dict[str, float | bool] | None = None
+    general = None if state.familiarity is None else state.familiarity.general
+    newest = encoder_package is not None or general is not None
     if state.familiarity is not None:
         curve = {"center": state.familiarity.center, "scale": state.familiarity.scale}
+        if newest:
+            curve["general"] = general is not None
         tensors["familiarity.means"] = np.ascontiguousarray(state.familiarity.means, np.float32)
         tensors["familiarity.precision"] = np.ascontiguousarray(state.familiarity.precision, np.float32)
+    if general is not None:
+        tensors["familiarity.general"] = np.ascontiguousarray(general, np.float32)
     if state.samples is not None:
         tensors["samples.vectors"] = np.ascontiguousarray(state.samples.vectors, np.float16)
         tensors["samples.labels"] = np.ascontiguousarray(state.samples.labels, np.int32)
     encoder: dict[str, Any] = {**asdict(state.encoder), "path": encoder_path}
     if encoder_package is not None:
-        encoder |= {"path": None, "package": asdict(encoder_package)}
+        encoder["path"] = None
+    if newest:
+        encoder["package"] = None if encoder_package is None else asdict(encoder_package)
     content = {
         "format": FORMAT,
-        "version": VERSION if encoder_package is None else PACKAGE_VERSION,
+        "version": NEWEST_VERSION if newest else VERSION,
         "experts": list(state.experts),
         "encoder": encoder,
         "classifier": classifier,
@@ -221,7 +229,11 @@ def _familiarity(
         return None
     means = _tensor(file, tensors, "familiarity.means", (len(header.experts), dimension))
     precision = _tensor(file, tensors, "familiarity.precision", (dimension, dimension))
-    return Familiarity(means, precision, *header.familiarity)
+    general = None
+    if header.general:
+        count = len(tensors.get("familiarity.general", ()))
+        general = _tensor(file, tensors, "familiarity.general", (count, dimension))
+    return Familiarity(means, precision, *header.familiarity, general)
 
 
 def _tensors(file: Path) -> dict[str, npt.NDArray[Any]]:

@@ -167,9 +167,10 @@ def connect(
         weight_step=settings.residency.weight_step,
         metrics=metrics,
     )
+    leases = Leases(residency, shelf, arrows)
     pipeline = Pipeline(
         selector=selector,
-        leases=Leases(residency, shelf, arrows),
+        leases=leases,
         engine=engine,
         vocabulary=vocabulary,
         metrics=metrics,
@@ -188,6 +189,7 @@ def connect(
         selector=selector,
         residency=residency,
         shelf=shelf,
+        leases=leases,
         engine=engine,
         pipeline=pipeline,
         metrics=metrics,

@@ -8,6 +8,7 @@ from loramux.server.admin import AdapterAdmin
 from loramux.server.catalog import Catalog
 from loramux.server.engine.protocol import Engine
 from loramux.server.intake import Intake
+from loramux.server.leases import Leases
 from loramux.server.lifecycle import Lifecycle
 from loramux.server.metrics import Metrics
 from loramux.server.pipeline import Pipeline
@@ -33,6 +34,7 @@ class Parts:
     selector: Selector
     residency: Residency
     shelf: Shelf
+    leases: Leases
     engine: Engine
     pipeline: Pipeline
     metrics: Metrics

@@ -67,7 +67,12 @@ def find_data_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _parse_row(line: str, where: str) -> Row:
+def parse_row(line: str, where: str) -> Row:
+    """One line of JSONL; errors begin with `where`.
+
+    Raises:
+        RowError: it is not a row.
+    """
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -102,7 +107,7 @@ def read_rows(paths: Sequence[Path]) -> list[Row]:
         except UnicodeDecodeError as error:
             raise RowError(f"{path}: not UTF-8: {error}") from error
         rows.extend(
-            _parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
+            parse_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
         )
     return rows
 

@@ -87,7 +87,7 @@ def calibrate(scores: Scores, labels: Labels, rejected: float) -> Calibration:
     return Calibration(temperature, fit_threshold(scores, rejected))
 
 
-def fit_curve(own: Scores, foreign: Scores, known_share: float = 0.93) -> tuple[float, float]:
+def fit_curve(own: Scores, foreign: Scores, known_share: float = 0.95) -> tuple[float, float]:
     """Center and scale of a logistic curve over distance, from held-out texts and from foreign ones.
 
     Minimises the cross-entropy with the groups weighted by what is expected, `known_share` of own texts, and

@@ -10,7 +10,7 @@ from ..classifier import LinearClassifier, softmax
 from ..decision import Strategy
 from ..encoder import EncoderSpec, normalize_rows
 from ..errors import RouterError, RoutingExamplesError
-from ..familiarity import Distances, Familiarity, known
+from ..familiarity import Distances, Familiarity, Nearness, known
 from ..index import CentroidIndex
 from ..router import hybrid_scores
 from ..state import Calibration, RouterState, Samples
@@ -53,10 +53,13 @@ def fit_router(
     experts: Sequence[str],
     encoder: EncoderSpec,
     options: RouterFitOptions | None = None,
+    general: Vectors | None = None,
 ) -> RouterState:
     """Unit vectors [n, d] of the routing texts and their expert numbers [n] -> a calibrated router.
 
-    Deterministic for a seed. Raises RouterError when an expert has fewer than 2 rows.
+    `general`: unit vectors [b, d] of texts about anything (`general_texts`), which the familiarity holds the
+    experts' own against; None fits it without. Deterministic for a seed. Raises RouterError when an expert
+    has fewer than 2 rows.
     """
     options = options or RouterFitOptions()
     counts = np.bincount(labels, minlength=len(experts))
@@ -67,7 +70,7 @@ def fit_router(
     centring = options.centring
     if centring is None:
         centring = bool(mean @ mean > 0.25) and len(experts) > 1
-    return _calibrated(vectors, labels, tuple(experts), encoder, means, mean, centring, options)
+    return _calibrated(vectors, labels, tuple(experts), encoder, means, mean, centring, options, general)
 
 
 def add_expert(
@@ -93,7 +96,8 @@ def add_expert(
     means = np.concatenate([state.centroids, centroid])
     experts = (*state.experts, expert)
     mean, centring = state.corpus_mean, state.centring
-    return _calibrated(rows, labels, experts, state.encoder, means, mean, centring, options)
+    general = None if state.familiarity is None else state.familiarity.general
+    return _calibrated(rows, labels, experts, state.encoder, means, mean, centring, options, general)
 
 
 def join_expert(state: RouterState, expert: str, vectors: Vectors) -> RouterState:
@@ -166,11 +170,13 @@ def remove_expert(state: RouterState, expert: str) -> RouterState:
 class _Held:
     """Every row as one that nothing was fitted on.
 
-    cosines and squared distances to the experts' means, each [n, k].
+    cosines, squared distances to the experts' means, and those less the share of the general texts' (the
+    nearness that the familiarity reads), each [n, k].
     """
 
     cosines: Scores
     distances: Scores
+    nearness: Scores
 
     @property
     def logits(self) -> Scores:
@@ -179,15 +185,15 @@ class _Held:
 
     @property
     def nearest(self) -> Scores:
-        """Distance to the nearest expert [n]."""
-        result: Scores = self.distances.min(axis=1)
+        """Nearness of the nearest expert [n]."""
+        result: Scores = self.nearness.min(axis=1)
         return result
 
     def foreign(self, labels: Labels) -> Scores:
-        """Distance to the nearest of the other experts [n]: what a foreign text looks like to this pool."""
+        """Nearness of the nearest of the other experts [n]: what a foreign text looks like to this pool."""
         if self.distances.shape[1] == 1:
             return np.zeros(0)
-        others = self.distances.copy()
+        others = self.nearness.copy()
         others[np.arange(len(labels)), labels] = np.inf
         result: Scores = others.min(axis=1)
         return result
@@ -202,13 +208,18 @@ def _calibrated(
     mean: Vectors,
     centring: bool,
     options: RouterFitOptions,
+    general: Vectors | None,
 ) -> RouterState:
     shrinkage = _shrinkage(vectors, options)
     fold = _folds(labels, len(experts), options.folds, options.seed)
-    held = _held(vectors, labels, fold, len(experts), mean, centring, shrinkage)
+    held = _held(vectors, labels, fold, len(experts), mean, centring, shrinkage, general)
     temperature = fit_temperature(held.logits, labels, platt_smoothing(len(labels)))
     fitted = fit_discriminant(vectors, labels, len(experts), shrinkage)
-    center, scale = fit_curve(held.nearest, held.foreign(labels))
+    foreign = held.foreign(labels)
+    if general is not None and len(general):
+        everyday = Nearness(fitted.means, fitted.precision, general)(general).min(axis=1)
+        foreign = np.concatenate([foreign, everyday])
+    center, scale = fit_curve(held.nearest, foreign)
     probabilities = softmax(held.logits / temperature).astype(np.float64)
     probabilities *= known(held.nearest, center, scale)[:, None]
     weight = options.hybrid_weight
@@ -232,21 +243,29 @@ def _calibrated(
         hybrid_weight=weight,
         centring=centring,
         samples=_samples(vectors, labels, len(experts), options),
-        familiarity=Familiarity(fitted.means, fitted.precision, center, scale),
+        familiarity=Familiarity(fitted.means, fitted.precision, center, scale, general),
     )
 
 
 def _held(
-    vectors: Vectors, labels: Labels, fold: Labels, k: int, mean: Vectors, centring: bool, shrinkage: float
+    vectors: Vectors,
+    labels: Labels,
+    fold: Labels,
+    k: int,
+    mean: Vectors,
+    centring: bool,
+    shrinkage: float,
+    general: Vectors | None,
 ) -> _Held:
-    cosines, distances = np.zeros((len(labels), k)), np.zeros((len(labels), k))
+    cosines, distances, nearness = (np.zeros((len(labels), k)) for _ in range(3))
     for number in range(int(fold.max()) + 1):
         out = fold == number
         rows, own = vectors[~out], labels[~out]
         fitted = fit_discriminant(rows, own, k, shrinkage)
         cosines[out] = _cosines(vectors[out], mean_centroids(rows, own, k), mean, centring)
         distances[out] = Distances(fitted.means, fitted.precision)(vectors[out])
-    return _Held(cosines, distances)
+        nearness[out] = Nearness(fitted.means, fitted.precision, general)(vectors[out])
+    return _Held(cosines, distances, nearness)
 
 
 def _shrinkage(vectors: Vectors, options: RouterFitOptions) -> float:

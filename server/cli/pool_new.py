@@ -22,8 +22,8 @@ def new(
         list[str],
         typer.Option(
             metavar="ID=PATH:ROWS",
-            help="An expert: its name, its PEFT folder, and examples of what it answers: JSONL rows or a .txt "
-            "file with a prompt a line. Ten are enough. Repeatable.",
+            help="An expert: its name, its PEFT folder, and examples of what it answers: JSONL rows or a "
+            ".txt file with a prompt a line. Ten are enough. Repeatable.",
         ),
     ],
     encoder: Annotated[
@@ -51,9 +51,7 @@ def new(
         ),
     )
     for one in experts:
-        typer.echo(
-            f"{one.id}: {len(one.texts)} examples, {found[one.id]:.0%} of them are routed to it first"
-        )
+        typer.echo(f"{one.id}: {len(one.texts)} examples, {found[one.id]:.0%} of them are routed to it first")
     typer.echo(f"{out}: {len(experts)} experts; serve it with `loramux serve --pool {out}`")
 
 

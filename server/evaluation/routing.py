@@ -1,22 +1,30 @@
-"""Does the router find the expert of the right domain?"""
+"""Does the router find the expert of the right domain, and does it know when it does?"""
+
+from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loramux.adapters.training.rows import Row, user_text
-from loramux.router.decision import Decision, RoutingOptions, Strategy
+from loramux.router.decision import STRATEGIES, Decision, RoutingOptions, Strategy
 from loramux.router.router import Router
+from loramux.server.evaluation.calibration import Reliability, Roc
 
 NO_EXPERT = "(base)"
 
 
 @dataclass(frozen=True)
 class RoutingTable:
-    """Prompts of each domain (rows) by the domain of the expert chosen first (columns)."""
+    """Prompts of each domain (rows) by the domain of the expert chosen first (columns).
+
+    reliability: of the first expert's probability, over the domains that have an expert and the texts that
+    are routed. roc: None without foreign texts.
+    """
 
     strategy: str
     counts: Mapping[str, Mapping[str, int]]
+    reliability: Reliability | None = None
+    roc: Roc | None = None
 
     def accuracy(self, domain: str | None = None) -> float:
         """Share of prompts whose first expert belongs to their domain, of one domain or of all prompts."""
@@ -25,35 +33,55 @@ class RoutingTable:
         return right / max(1, sum(sum(row.values()) for row in rows.values()))
 
 
-def expert_domains(router: Router, rows: Mapping[str, Sequence[Row]]) -> dict[str, str]:
-    """The domain that fills each expert's cluster: the one most of the rows nearest to its centroid come
-    from.
+def expert_domains(router: Router, texts: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The domain that fills each expert's cluster: its own name where a domain is called so, else the one
+    most of the texts nearest to its centroid come from.
 
     Args:
         router: of the pool; its centroids decide, not its classifier.
-        rows: domain -> rows, normally the ones the pool was built from.
+        texts: domain -> texts, best those that the pool was made from.
     """
     nearest: dict[str, Counter[str]] = {}
     options = RoutingOptions(strategy="similarity", top_m=1, threshold=-1.0)
-    for domain, examples in rows.items():
-        for decision in router.decide([user_text(row) for row in examples], options):
-            nearest.setdefault(decision.experts[0].id, Counter())[domain] += 1
-    return {expert: counts.most_common(1)[0][0] for expert, counts in nearest.items()}
-
-
-def decide_all(
-    router: Router, rows: Mapping[str, Sequence[Row]], strategy: Strategy
-) -> dict[str, list[Decision]]:
-    """The decision for every row, by domain, with the pool's calibrated settings."""
-    options = RoutingOptions(strategy=strategy)
+    for domain, examples in texts.items():
+        for decision in router.decide(examples, options):
+            nearest.setdefault(decision.candidates[0].id, Counter())[domain] += 1
+    found = {expert: counts.most_common(1)[0][0] for expert, counts in nearest.items()}
     return {
-        domain: router.decide([user_text(row) for row in examples], options)
-        for domain, examples in rows.items()
+        expert: expert if expert in texts else found[expert]
+        for expert in router.experts
+        if expert in texts or expert in found
     }
 
 
+def routing_tables(
+    router: Router,
+    texts: Mapping[str, Sequence[str]],
+    domains: Mapping[str, str],
+    foreign: Sequence[str] = (),
+) -> dict[str, RoutingTable]:
+    """A table for each strategy, with the pool's calibrated settings.
+
+    Args:
+        router: of the pool.
+        texts: domain -> routing texts.
+        domains: expert -> the domain it is for.
+        foreign: texts that no expert is for.
+    """
+    tables: dict[str, RoutingTable] = {}
+    for strategy in STRATEGIES if router.classifier is not None else STRATEGIES[:1]:
+        options = RoutingOptions(strategy=strategy)
+        decisions = {domain: router.decide(examples, options) for domain, examples in texts.items()}
+        others = router.decide(foreign, options) if foreign else []
+        tables[strategy] = routing_table(strategy, decisions, domains, others)
+    return tables
+
+
 def routing_table(
-    strategy: str, decisions: Mapping[str, Sequence[Decision]], domains: Mapping[str, str]
+    strategy: Strategy,
+    decisions: Mapping[str, Sequence[Decision]],
+    domains: Mapping[str, str],
+    foreign: Sequence[Decision] = (),
 ) -> RoutingTable:
     """Count first choices by domain; a fallback to the base is a column of its own, and never right."""
     counts = {
@@ -62,4 +90,22 @@ def routing_table(
         )
         for domain, chosen in decisions.items()
     }
-    return RoutingTable(strategy, counts)
+    covered = set(domains.values())
+    own = [(domain, one) for domain, chosen in decisions.items() if domain in covered for one in chosen]
+    confident = [
+        (one.experts[0].probability, domains.get(one.experts[0].id) == domain)
+        for domain, one in own
+        if one.experts and one.experts[0].probability is not None
+    ]
+    reliability = (
+        Reliability.of([p for p, _ in confident], [hit for _, hit in confident]) if confident else None
+    )
+    roc = None
+    if foreign and own:
+        roc = Roc.of([_best(one) for _, one in own], [_best(one) for one in foreign], foreign[0].threshold)
+    return RoutingTable(strategy, counts, reliability, roc)
+
+
+def _best(decision: Decision) -> float:
+    """Of a text that nothing can be read of, the fallback is certain."""
+    return float("-inf") if decision.blank else decision.candidates[0].score

@@ -92,7 +92,7 @@ class Assembly:
         self.root.mkdir(parents=True)
 
     def put_base(self, base: BaseFiles, id: str, *, copy: bool) -> BaseEntry:
-        """The base's entry; with `copy`, a folder or file is put into the pool, else its place is recorded."""
+        """The base's entry; with `copy`, a folder or file comes into the pool, else its place is recorded."""
         return BaseEntry(
             id, self._base_path(base, copy=copy), f"sha256:{base.content}" if base.content else None
         )
@@ -103,9 +103,7 @@ class Assembly:
         own = encoder.hub_id is None and encoder.package is None
         if own:
             copy_tree(encoder.folder, folder / "encoder")
-        save_router(
-            state, folder, encoder_path="encoder" if own else None, encoder_package=encoder.package
-        )
+        save_router(state, folder, encoder_path="encoder" if own else None, encoder_package=encoder.package)
         return RouterEntry(path="router")
 
     def finish(

@@ -13,6 +13,7 @@ from loramux.adapters.training.rows import Row, read_rows, split_held_out, user_
 from loramux.router.encoder import Encoded, Encoder
 from loramux.router.encoder_place import EncoderPlace
 from loramux.router.fit.embedder import EmbedderOptions
+from loramux.router.fit.general_texts import general_vectors
 from loramux.router.fit.router import RouterFitOptions, fit_router
 from loramux.router.router import Router
 from loramux.router.state import RouterState
@@ -32,8 +33,9 @@ class BuildOptions:
     base: a model folder, a GGUF file, an installed package with one, or a hub id in the local cache. base_id:
     what the pool calls it; None: what it calls itself, or the name of its folder. copy_base: put a folder or
     file into the pool; otherwise its absolute path is recorded (packages and hub ids are named). encoder: a
-    directory, an installed package or a cached hub id; None trains a static one on the rows. experts: number of clusters asked for; those
-    with fewer than `min_rows` rows are dissolved. held_out: fraction of the rows that nothing is trained on.
+    directory, an installed package or a cached hub id; None trains a static one on the rows. experts: number
+    of clusters asked for; those with fewer than `min_rows` rows are dissolved. held_out: fraction of the rows
+    that nothing is trained on.
     """
 
     base: str
@@ -105,7 +107,14 @@ def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildR
         )
         for number, name in enumerate(clustering.ids)
     ]
-    state = fit_router(kept_vectors.texts, clustering.labels, clustering.ids, encoder.spec, options.router)
+    state = fit_router(
+        kept_vectors.texts,
+        clustering.labels,
+        clustering.ids,
+        encoder.spec,
+        options.router,
+        general_vectors(encoder),
+    )
     routed = _routed(Router(state, encoder), held, held_vectors, clustering)
     report = _report(rows, held, clustering, reports, routed)
     _assemble(out, stages.folder, options, base, base_id, location, state, report)

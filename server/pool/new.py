@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from loramux.adapters.peft_format import read_lora
 from loramux.router.encoder import Encoder
 from loramux.router.encoder_place import DEFAULT_ENCODER, EncoderPlace
 from loramux.router.errors import RouterError
+from loramux.router.fit.general_texts import general_vectors
 from loramux.router.fit.router import RouterFitOptions, fit_router
 from loramux.router.router import Router
 from loramux.server.base_files import BaseFiles
@@ -45,7 +46,7 @@ class NewOptions:
     copy_base: bool = True
     encoder: str = DEFAULT_ENCODER
     any_base: bool = False
-    router: RouterFitOptions = RouterFitOptions()
+    router: RouterFitOptions = field(default_factory=RouterFitOptions)
 
 
 def new_pool(out: Path, experts: Sequence[NewExpert], options: NewOptions) -> dict[str, float]:
@@ -78,7 +79,12 @@ def new_pool(out: Path, experts: Sequence[NewExpert], options: NewOptions) -> di
     vectors = [routing_vectors(encoder, expert.id, expert.texts) for expert in experts]
     labels = np.repeat(np.arange(len(experts)), [len(rows) for rows in vectors])
     state = fit_router(
-        np.concatenate(vectors), labels, [expert.id for expert in experts], encoder.spec, options.router
+        np.concatenate(vectors),
+        labels,
+        [expert.id for expert in experts],
+        encoder.spec,
+        options.router,
+        general_vectors(encoder),
     )
     assembly = Assembly(out)
     for expert in experts:

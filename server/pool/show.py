@@ -19,7 +19,9 @@ def print_pool(pool: Pool, console: Console | None = None) -> None:
     console = console or Console()
     manifest = pool.manifest
     header = read_header(pool.router_dir / ROUTER_FILE)
-    console.print(f"pool {manifest.name}: {len(manifest.experts)} experts, {len(manifest.sparse)} sparse models")
+    console.print(
+        f"pool {manifest.name}: {len(manifest.experts)} experts, {len(manifest.sparse)} sparse models"
+    )
     console.print(f"base {manifest.base.id}: {manifest.base.path}", soft_wrap=True)
     console.print(f"encoder: {encoder_text(header)}", soft_wrap=True)
     for strategy, fitted in header.calibration.items():

@@ -1,4 +1,4 @@
-"""An encoder that an installed package brings: found by name, recorded with its wheel, held to its content."""
+"""An encoder that an installed package brings: found by name, recorded with its wheel and content."""
 
 import json
 from collections.abc import Iterator
@@ -94,7 +94,7 @@ def test_packages_without_an_encoder_or_with_two_are_refused(package: Path) -> N
     write_encoder(package / "other")
     with pytest.raises(RouterFileError, match=r"holds 2 encoders \(model, other\)"):
         EncoderPlace.find(MODULE)
-    with pytest.raises(RouterFileError, match="the package in .* holds none"):
+    with pytest.raises(RouterFileError, match=r"the package in .* holds none"):
         EncoderPlace.find("email")
     assert package_folder("json5_no_such") is None
     assert package_folder("../x") is None

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from loramux.router.encoder import Encoder, own_prefix
-from loramux.router.encoder_place import EncoderPlace
 from loramux.router.encoder_files import read_tokenizer
+from loramux.router.encoder_place import EncoderPlace
 from loramux.router.errors import RouterFileError
 from loramux.router.reading import READING_FILE, Reading
 from tests.unit.router.kit import topic_pairs, write_json, write_static_encoder
@@ -72,7 +72,9 @@ def test_the_prefix_is_the_models_own(tmp_path: Path) -> None:
     plain, e5 = tmp_path / "all-MiniLM-L6-v2", tmp_path / "multilingual-e5-small"
     for place in (plain, e5):
         place.mkdir()
-    assert own_prefix(EncoderPlace(plain)) == "query: "  # no word of a sentence-transformers model: taken for an E5
+    assert (
+        own_prefix(EncoderPlace(plain)) == "query: "
+    )  # no word of a sentence-transformers model: taken for an E5
     for place in (plain, e5):
         write_json(place / "config_sentence_transformers.json", {"__version__": {}})
     assert (own_prefix(EncoderPlace(plain)), own_prefix(EncoderPlace(e5))) == ("", "query: ")

@@ -11,7 +11,15 @@ from loramux.router.transformer_backend import TransformerBackend, is_plain
 from tests.unit.router.bert import write_e5
 from tests.unit.router.kit import edit_json, write_json
 
-TEXTS = ["anchor the vessel", "x", "", "How to ROAST garlic and onion?", "中文 ñ é", "sail mast " * 40, "\u0007"]
+TEXTS = [
+    "anchor the vessel",
+    "x",
+    "",
+    "How to ROAST garlic and onion?",
+    "中文 ñ é",
+    "sail mast " * 40,
+    "\u0007",
+]
 
 
 @pytest.fixture

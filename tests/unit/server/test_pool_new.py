@@ -96,7 +96,9 @@ def test_it_grows_and_shrinks(copy: Path, parts: Path) -> None:
 
 
 def test_what_cannot_be_removed_is_refused(copy: Path) -> None:
-    assert "no expert 'attic'; it has kitchen, harbour, garden" in run("remove", str(copy), "--id", "attic")[1]
+    assert (
+        "no expert 'attic'; it has kitchen, harbour, garden" in run("remove", str(copy), "--id", "attic")[1]
+    )
     for topic in FIRST[:2]:
         assert run("remove", str(copy), "--id", topic)[0] == 0
     assert "garden is the last expert" in run("remove", str(copy), "--id", "garden")[1]
@@ -106,7 +108,13 @@ def test_what_cannot_be_removed_is_refused(copy: Path) -> None:
 def test_show_names_base_encoder_and_experts(made: Path) -> None:
     code, output = run("show", str(made))
     assert code == 0
-    for part in ("pool mine: 3 experts", "base tiny: base", "in the pool, 48 dimensions", "kitchen", "hybrid:"):
+    for part in (
+        "pool mine: 3 experts",
+        "base tiny: base",
+        "in the pool, 48 dimensions",
+        "kitchen",
+        "hybrid:",
+    ):
         assert part in output
 
 
