@@ -45,8 +45,8 @@ def bar_plot(groups: Sequence[str], series: Sequence[tuple[str, Sequence[float |
     width = max(_LEFT + step * len(groups) + 10, 240)
     parts = [
         f'<text x="{_LEFT - 6}" y="{10 + height - height * share:.0f}" text-anchor="end">'
-        f'{highest * share:.2f}</text><line x1="{_LEFT}" x2="{width}" y1="{10 + height - height * share:.0f}" '
-        f'y2="{10 + height - height * share:.0f}" stroke="#ddd"/>'
+        f'{highest * share:.2f}</text><line x1="{_LEFT}" x2="{width}" '
+        f'y1="{10 + height - height * share:.0f}" y2="{10 + height - height * share:.0f}" stroke="#ddd"/>'
         for share in (0.0, 0.5, 1.0)
     ]
     for place, group in enumerate(groups):
