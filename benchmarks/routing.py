@@ -19,6 +19,7 @@ from loramux.server.build import build, load_pool_router, open_pool
 from loramux.server.engine.protocol import Sampling, Token, Work
 from loramux.server.parts import Parts
 from loramux.server.settings import EngineSettings, Settings
+from tests.kit import DEMO_POOL
 
 GRIDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25)
 PROMPTS = 2000
@@ -29,7 +30,7 @@ ROUNDS = 40
 
 async def cache_hits(bench: Bench) -> Result:
     """Blends that were made before, of 2,000 different prompts; nothing random, so there is no range."""
-    settings = Settings()
+    settings = Settings(pool=DEMO_POOL)
     pool = open_pool(settings)
     router = load_pool_router(settings, pool)
     texts = stream(PROMPTS)
@@ -55,7 +56,7 @@ def on_grid(decision: Decision, grid: float) -> Blend:
 async def route(bench: Bench) -> Result:
     """Milliseconds of a decision with 16 callers, each text new, and its share of the time to first token."""
     bench.progress("loading the demo pool")
-    parts = build(Settings(device="cpu", engine=EngineSettings(kv_tokens=32768)))
+    parts = build(Settings(pool=DEMO_POOL, device="cpu", engine=EngineSettings(kv_tokens=32768)))
     texts = iter(stream((2 * CALLERS * ROUNDS + 2 * CALLERS) * bench.repeats + CALLERS * ROUNDS))
     await parts.engine.start()
     result = Result()

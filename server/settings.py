@@ -25,7 +25,7 @@ from loramux.server.errors import StartError
 
 ENV_PREFIX = "LORAMUX_"
 CONFIG_VARIABLE = "LORAMUX_CONFIG"
-DEMO_POOL = Path(__file__).parent / "demo_pool"
+DEFAULT_POOL = Path(__file__).parent / "default_pool"
 
 
 class _Section(BaseModel):
@@ -149,7 +149,7 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    pool: Path = Field(default=DEMO_POOL, description="Pool directory; unset: the embedded demo pool.")
+    pool: Path = Field(default=DEFAULT_POOL, description="Pool directory; unset: the pool that ships.")
     verify_pool: bool = Field(
         default=True, description="Compare every file of the pool with its hash at the start."
     )

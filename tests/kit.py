@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -22,6 +23,9 @@ from loramux.server.engine.protocol import (
     TokenScore,
     Work,
 )
+
+#: A whole pool on a base of 6.8 M parameters: small enough to serve in every test (docs/demo.md).
+DEMO_POOL = Path(__file__).parent / "demo_pool"
 
 CHAT_TEMPLATE = (
     "<|bos|>{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"

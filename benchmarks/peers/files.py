@@ -105,7 +105,7 @@ def make(cache: Path, layers: int, *, narrow: bool = False) -> Files:
 
 
 def _write_tokenizer(base: Path) -> None:
-    from loramux.server.settings import DEMO_POOL
+    from tests.kit import DEMO_POOL
 
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copyfile(DEMO_POOL / "base" / name, base / name)
@@ -167,7 +167,7 @@ def _write_pool(root: Path) -> None:
         hash_files,
         write_manifest,
     )
-    from loramux.server.settings import DEMO_POOL
+    from tests.kit import DEMO_POOL
 
     (root / "experts" / "README.md").unlink(missing_ok=True)
     shutil.copytree(DEMO_POOL / "router" / "encoder", root / "router" / "encoder")

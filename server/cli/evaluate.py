@@ -17,7 +17,7 @@ def evaluate(
             "where there are such). Repeatable."
         ),
     ],
-    pool: Annotated[Path | None, typer.Option(help="Pool directory; unset: the demo pool.")] = None,
+    pool: Annotated[Path | None, typer.Option(help="Pool directory; default: the pool that ships.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     foreign: Annotated[
         list[Path] | None, typer.Option(help="The same, of texts that no expert is for. Repeatable.")

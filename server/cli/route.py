@@ -13,7 +13,7 @@ def route(
     text: Annotated[str, typer.Argument(help="The text to route.")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     pool: Annotated[
-        Path | None, typer.Option(help="Pool directory; default: the embedded demo pool.")
+        Path | None, typer.Option(help="Pool directory; default: the pool that ships.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole decision as JSON.")] = False,
 ) -> None:

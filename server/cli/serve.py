@@ -16,7 +16,7 @@ import uvicorn
 
 from loramux.server.cli.flags import put
 from loramux.server.errors import StartError
-from loramux.server.settings import DEMO_POOL, Settings, load_settings
+from loramux.server.settings import DEFAULT_POOL, Settings, load_settings
 
 if TYPE_CHECKING:
     from loramux.server.parts import Parts
@@ -27,7 +27,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
     pool: Annotated[
-        Path | None, typer.Option(help="Pool directory; default: the embedded demo pool.")
+        Path | None, typer.Option(help="Pool directory; default: the pool that ships.")
     ] = None,
     base: Annotated[
         str | None,
@@ -117,7 +117,7 @@ class _Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started:
             settings = self._parts.settings
-            question = DEMO_QUESTION if settings.pool == DEMO_POOL else QUESTION
+            question = DEFAULT_QUESTION if settings.pool == DEFAULT_POOL else QUESTION
             print(ready_line(self._url, question, needs_key=bool(self._parts.api_keys)), flush=True)
 
     async def on_tick(self, counter: int) -> bool:
@@ -146,8 +146,8 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-# Something that an expert of the demo pool is for; of another pool nothing is known.
-DEMO_QUESTION = "What is the total number of wins when the team is Arsenal?"
+# Something that an expert of the pool that ships is for; of another pool nothing is known.
+DEFAULT_QUESTION = "What is the total number of wins when the team is Arsenal?"
 QUESTION = "Say hello in one sentence."
 
 

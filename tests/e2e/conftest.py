@@ -14,7 +14,7 @@ import httpx
 import pytest
 from openai import OpenAI
 
-from loramux.server.settings import DEMO_POOL
+from tests.kit import DEMO_POOL
 
 COMMAND = [str(Path(sys.executable).parent / "loramux")]
 
@@ -37,10 +37,12 @@ class Server:
 
 @contextmanager
 def serving(*arguments: str, command: Sequence[str] = COMMAND) -> Iterator[Server]:
-    """`loramux serve`, or another command like it, on a free port until the context ends."""
+    """`loramux serve`, or another command like it, on a free port until the context ends; on the demo pool,
+    if no other is named."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    pool = [] if "--pool" in arguments else ["--pool", str(DEMO_POOL)]
     process = subprocess.Popen(
-        [*command, "serve", "--port", "0", *arguments],
+        [*command, "serve", "--port", "0", *pool, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import COMMAND, serving
+from tests.kit import DEMO_POOL
 
 QUESTION = [{"role": "user", "content": "What is the total number of points when the driver is Senna?"}]
 
@@ -102,7 +103,7 @@ def test_a_damaged_pool_stops_the_start_with_one_line(
 
 def test_a_cache_that_cannot_fit_stops_the_start_with_the_numbers_before_anything_is_loaded() -> None:
     done = subprocess.run(
-        [*COMMAND, "serve", "--port", "0", "--set", "engine.kv_tokens=9000000000"],
+        [*COMMAND, "serve", "--port", "0", "--pool", str(DEMO_POOL), "--set", "engine.kv_tokens=9000000000"],
         capture_output=True,
         text=True,
         timeout=120,

@@ -19,9 +19,9 @@ from loramux.router.classifier import LinearClassifier
 from loramux.router.router import Router
 from loramux.router.service import RoutingService
 from loramux.router.store import load_router
-from loramux.server.settings import DEMO_POOL
 from tests.http import serving as kit
 from tests.http.serving import Served, serving
+from tests.kit import DEMO_POOL
 
 ADMIN = {"authorization": "Bearer admin"}
 POEMS = [

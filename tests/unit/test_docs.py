@@ -13,7 +13,7 @@ from loramux.server.cli.pool import app as pool_app
 from loramux.server.cli.train import app as train_app
 from loramux.server.engine.protocol import EngineStats
 from loramux.server.metrics import Metrics
-from loramux.server.settings import DEMO_POOL, setting_names
+from loramux.server.settings import DEFAULT_POOL, setting_names
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -24,8 +24,8 @@ def shown(default: object) -> str:
         return "unset"
     if default == ():
         return "none"
-    if default == DEMO_POOL:
-        return "the embedded demo pool"
+    if default == DEFAULT_POOL:
+        return "the pool that ships"
     return f"`{str(default).lower() if isinstance(default, bool) else default}`"
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from loramux.router.joining import joined, left
 from loramux.router.router import Router
 from loramux.router.service import RoutingService
 from loramux.router.state import RouterState
+from tests.kit import DEMO_POOL
 from tests.unit.router.kit import TOPICS, topic_pairs, write_static_encoder
 from tests.unit.router.test_service import Gate
 from tests.unit.router.test_service import parts as service_parts
@@ -174,7 +174,7 @@ def test_a_head_of_another_kind_is_refused(router: Router) -> None:
 def test_the_demo_pool_takes_experts() -> None:
     from loramux.router.store import load_router
 
-    demo = load_router(Path(__file__).parents[3] / "server" / "demo_pool" / "router")
+    demo = load_router(DEMO_POOL / "router")
     grown = joined(demo, "new", ["Write a haiku about autumn rain", "Compose a short poem on the sea"])
     assert same(left(grown.router, "new").state, demo.state)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from loramux.server.errors import StartError
-from loramux.server.settings import DEMO_POOL, Settings, api_keys, load_settings
+from loramux.server.settings import DEFAULT_POOL, Settings, api_keys, load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_defaults() -> None:
     settings = load_settings()
     assert settings == Settings()
-    assert settings.pool == DEMO_POOL
+    assert settings.pool == DEFAULT_POOL
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
 
 
