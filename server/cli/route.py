@@ -12,9 +12,7 @@ from loramux.server.settings import load_settings
 def route(
     text: Annotated[str, typer.Argument(help="The text to route.")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
-    pool: Annotated[
-        Path | None, typer.Option(help="Pool directory; default: the pool that ships.")
-    ] = None,
+    pool: Annotated[Path | None, typer.Option(help="Pool directory; default: the pool that ships.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole decision as JSON.")] = False,
 ) -> None:
     """Say which experts a text would go to, and why. The base model is not loaded."""

@@ -26,9 +26,7 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
-    pool: Annotated[
-        Path | None, typer.Option(help="Pool directory; default: the pool that ships.")
-    ] = None,
+    pool: Annotated[Path | None, typer.Option(help="Pool directory; default: the pool that ships.")] = None,
     base: Annotated[
         str | None,
         typer.Option(help="Base in place of the pool's: a model folder, a GGUF file, a package with one."),

@@ -7,7 +7,7 @@ import pytest
 
 from loramux.server.pool.build_report import read_gains
 from loramux.server.pool.manifest import Pool, PoolError, read_pool
-from loramux.server.settings import DEMO_POOL
+from tests.kit import DEMO_POOL
 
 
 def with_report(tmp_path: Path, text: str) -> Pool:
