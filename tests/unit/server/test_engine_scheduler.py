@@ -91,6 +91,7 @@ def test_the_youngest_gives_way_and_starts_again_where_its_prefix_is_kept() -> N
         run(scheduler, scheduler.next())
     assert old in scheduler.running
     assert list(scheduler.waiting) == [young]
+    assert scheduler.preemptions == 1
     said = list(young.tokens)
     while not young.finished:
         run(scheduler, scheduler.next())
