@@ -34,6 +34,10 @@ class Backend(Protocol):
         """[n] texts -> pooled vectors [n, dimension] (not normalised) and whether each text was cut [n]."""
         ...
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens that `embed` reads of each text."""
+        ...
+
 
 # tokenizers hands a batch to a pool of threads. For a few short texts waking it costs more than the work, and
 # on a busy machine as much as a time slice; a batch of one text stays in the calling thread.
@@ -72,6 +76,9 @@ class StaticBackend:
                 rows = self._table.take(ids, axis=0)
                 vectors[row] = np.add.reduce(rows, axis=0, dtype=np.float64) / len(ids)
         return vectors, truncated
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [len(encoding.ids) for encoding in self._encodings(texts)]
 
     def _encodings(self, texts: Sequence[str]) -> "list[Encoding]":
         if len(texts) > _ALONE:
@@ -118,6 +125,12 @@ class SentenceTransformerBackend:
             list(texts), prompt="", convert_to_numpy=True, show_progress_bar=False, batch_size=32
         )
         return np.asarray(vectors, np.float32), truncated
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        if not texts:
+            return []
+        whole = self._model.tokenizer(list(texts), truncation=False, padding=False, verbose=False)
+        return [min(len(ids), self._max_tokens) for ids in whole["input_ids"]]
 
 
 def _static_table(file: Path) -> Vectors:

@@ -114,6 +114,10 @@ class Encoder:
             raise RouterError(f"encoder {self.spec.id} gave a vector with NaN or infinity")
         return Encoded(normalize_rows(vectors), truncated | np.array(cut, np.bool_))
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens that `encode` reads of each of [n] texts, prefix and the model's own marks included."""
+        return self._backend.count([self.spec.prefix + _clean(text[: self._max_chars]) for text in texts])
+
     def _reads(self, text: str) -> bool:
         return self._reading is None or self._reading.reads(text)
 

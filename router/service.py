@@ -18,11 +18,17 @@ from functools import partial
 from time import perf_counter
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from .decision import Decision, RoutingOptions
+from .encoder import Encoder, EncoderSpec
 from .errors import RouterError
 from .joining import Joined, joined, left
 from .router import Router, ScoreRow, blank_rows
 
+# Texts that are embedded before a waiting decision has its turn.
+_TURN = 16
 Observe = Callable[[str, float], None]
 Result = TypeVar("Result")
 
@@ -47,6 +53,16 @@ class ServiceStats:
     embed_seconds: float = 0.0
     search_seconds: float = 0.0
     classify_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embedded:
+    """Unit vectors [n, d] of texts; of each its tokens, and whether it was cut or could not be read."""
+
+    vectors: npt.NDArray[np.float32]
+    tokens: list[int]
+    truncated: list[bool]
+    blank: list[bool]
 
 
 class Key(NamedTuple):
@@ -129,6 +145,24 @@ class RoutingService:
         else:
             self._stats.cache_hits += 1
         return router.choose_row(row, plan)
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """What embeds."""
+        return self.router.encoder.spec
+
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """The vectors of some texts; decisions that wait have their turn after every few."""
+        parts = [
+            await self._on_worker(partial(_embedded, self.router.encoder, texts[start : start + _TURN]))
+            for start in range(0, len(texts), _TURN)
+        ]
+        return Embedded(
+            np.concatenate([part.vectors for part in parts]),
+            [number for part in parts for number in part.tokens],
+            [flag for part in parts for flag in part.truncated],
+            [flag for part in parts for flag in part.blank],
+        )
 
     async def joined(self, expert: str, texts: Sequence[str]) -> Joined:
         """The router with an expert more, from example texts; it serves once it is given to `use`.
@@ -240,6 +274,12 @@ class RoutingService:
         if self._observe is not None:
             for stage, value in seconds.items():
                 self._observe(stage, value)
+
+
+def _embedded(encoder: Encoder, texts: Sequence[str]) -> Embedded:
+    found = encoder.encode(texts)
+    blank = blank_rows(found.vectors)
+    return Embedded(found.vectors, encoder.count(texts), found.truncated.tolist(), list(map(bool, blank)))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

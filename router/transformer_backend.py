@@ -77,6 +77,9 @@ class TransformerBackend:
             vectors[rows] = self._pooled([ids[row] for row in rows])
         return vectors, truncated
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [len(one.ids) for one in self._tokenizer.encode_batch_fast(list(texts))] if texts else []
+
     def _pooled(self, ids: Sequence[Sequence[int]]) -> Vectors:
         import torch
 

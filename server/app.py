@@ -24,6 +24,7 @@ from loramux.server.parts import Parts
 from loramux.server.routes.admin import admin_routes
 from loramux.server.routes.chat import chat_routes
 from loramux.server.routes.completions import completion_routes
+from loramux.server.routes.embeddings import embedding_routes
 from loramux.server.routes.health import health_routes
 from loramux.server.routes.metrics import metrics_routes
 from loramux.server.routes.models import model_routes
@@ -37,6 +38,7 @@ log = logging.getLogger("loramux")
 ROUTE_GROUPS: tuple[Callable[[Parts], APIRouter], ...] = (
     chat_routes,
     completion_routes,
+    embedding_routes,
     model_routes,
     route_routes,
     token_routes,

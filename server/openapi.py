@@ -11,6 +11,7 @@ from loramux.server.wire import answers
 from loramux.server.wire.admin import LoadAdapterRequest, UnloadAdapterRequest
 from loramux.server.wire.chat import ChatRequest
 from loramux.server.wire.completions import CompletionRequest
+from loramux.server.wire.embeddings import EmbeddingsRequest
 from loramux.server.wire.route import RouteRequest
 from loramux.server.wire.strict import StrictModel
 from loramux.server.wire.tokenize import DetokenizeRequest, TokenizeRequest
@@ -66,6 +67,13 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         {"model": "auto", "prompt": "The capital of France is", "max_tokens": 8},
         chunk=answers.Completion,
         errors=_GENERATING,
+    ),
+    ("post", "/v1/embeddings"): Operation(
+        "Vectors of the encoder that routes",
+        answers.Embeddings,
+        EmbeddingsRequest,
+        {"model": "auto", "input": ["Why was my card payment declined?"]},
+        errors=(*_OF_BODIES, 404),
     ),
     ("get", "/v1/models"): Operation("What `model` may be", answers.ModelList),
     ("get", "/v1/models/{model}"): Operation("One model", answers.ModelCard, errors=(*_KEYED, 404)),

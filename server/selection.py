@@ -7,9 +7,11 @@ from typing import Any, Protocol
 from loramux.adapters.blend import EXACT_GRID, Blend
 from loramux.adapters.sparse.arrows import TEMPERATURE, ArrowMixture
 from loramux.router.decision import Candidate, Decision, RoutingOptions
+from loramux.router.encoder import EncoderSpec
 from loramux.router.errors import RouterError, RoutingOptionsError
 from loramux.router.joining import Joined
 from loramux.router.router import Router as FittedRouter
+from loramux.router.service import Embedded
 from loramux.server.ask import Ask
 from loramux.server.catalog import Catalog, Kind
 from loramux.server.errors import RequestError
@@ -94,6 +96,15 @@ class Router(Protocol):
 
     async def decide(self, text: str, options: RoutingOptions) -> Decision:
         """The decision about one routing text."""
+        ...
+
+    @property
+    def encoder(self) -> EncoderSpec:
+        """What embeds."""
+        ...
+
+    async def embed(self, texts: Sequence[str]) -> Embedded:
+        """The vectors of some texts."""
         ...
 
     async def joined(self, expert: str, texts: Sequence[str]) -> Joined:

@@ -47,6 +47,7 @@ class Limits(_Section):
     max_experts: int = Field(
         default=16, ge=1, description="Experts in `lora`, and the largest `routing.top_m`."
     )
+    max_embedding_inputs: int = Field(default=256, ge=1, description="Texts in one embeddings request.")
     max_routing_examples: int = Field(
         default=64, ge=1, description="Texts in `routing_examples` of one adapter."
     )

@@ -189,6 +189,30 @@ class Completion(TypedDict):
     loramux: NotRequired[Provenance]
 
 
+class EmbeddedText(TypedDict):
+    """A unit vector: a list of numbers, or with `encoding_format: base64` its float32 numbers as bytes."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingsUsage(TypedDict):
+    """Tokens counted by the encoder."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(TypedDict):
+    """One vector a text, in their order; `model` is the encoder's id."""
+
+    object: Literal["list"]
+    data: list[EmbeddedText]
+    model: str
+    usage: EmbeddingsUsage
+
+
 class ModelCard(TypedDict):
     """What `model` may be; `root` is what it is made from, `parent` the base it sits on."""
 

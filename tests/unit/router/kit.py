@@ -98,6 +98,9 @@ class HashBackend:
         cut = np.array([len(text.split()) > self.max_tokens for text in texts], np.bool_)
         return np.array(rows, np.float32).reshape(len(texts), self.dimension), cut
 
+    def count(self, texts: Sequence[str]) -> list[int]:
+        return [min(len(text.split()), self.max_tokens) for text in texts]
+
     def _one(self, text: str) -> Vectors:
         if text in self.fixed:
             return self.fixed[text]
