@@ -132,6 +132,18 @@ def _state(folder: Path, header: Header) -> RouterState:
     )
 
 
+def encoder_elsewhere(folder: Path) -> str | None:
+    """The package or hub id that a router directory's encoder comes from; None for its own, or where the
+    header cannot be read."""
+    try:
+        header = read_header(folder / ROUTER_FILE)
+    except RouterError:
+        return None
+    if header.encoder_package is not None:
+        return header.encoder_package.name
+    return None if header.encoder_path is not None else header.encoder.id
+
+
 def load_router(
     folder: Path,
     *,

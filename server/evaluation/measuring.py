@@ -71,9 +71,12 @@ class Measuring:
                 done += 1
                 progress(done, len(needed))
 
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(self._parts.settings.engine.max_running):
-                tasks.create_task(work())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(self._parts.settings.engine.max_running):
+                    tasks.create_task(work())
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
         return {name: ledger[key] for name, key in keys.items()}
 
     async def _score(self, item: Item, adapter: object) -> Score:

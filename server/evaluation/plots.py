@@ -43,12 +43,13 @@ def bar_plot(groups: Sequence[str], series: Sequence[tuple[str, Sequence[float |
     bar, gap, height = 12, 14, 180
     step = bar * len(series) + gap
     width = max(_LEFT + step * len(groups) + 10, 240)
-    parts = [
-        f'<text x="{_LEFT - 6}" y="{10 + height - height * share:.0f}" text-anchor="end">'
-        f'{highest * share:.2f}</text><line x1="{_LEFT}" x2="{width}" '
-        f'y1="{10 + height - height * share:.0f}" y2="{10 + height - height * share:.0f}" stroke="#ddd"/>'
-        for share in (0.0, 0.5, 1.0)
-    ]
+    parts = []
+    for share in (0.0, 0.5, 1.0):
+        level = 10 + height - height * share
+        parts.append(
+            f'<text x="{_LEFT - 6}" y="{level:.0f}" text-anchor="end">{highest * share:.2f}</text>'
+            f'<line x1="{_LEFT}" x2="{width}" y1="{level:.0f}" y2="{level:.0f}" stroke="#ddd"/>'
+        )
     for place, group in enumerate(groups):
         start = _LEFT + place * step + gap / 2
         for number, (name, values) in enumerate(series):

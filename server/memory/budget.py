@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
@@ -14,6 +14,9 @@ from loramux.adapters.peft_tensors import StackShape
 from loramux.adapters.sparse.read import SparseSize
 from loramux.kernels.gated_lora import takes_factors
 from loramux.kernels.packed_linear import Kinds
+from loramux.router.encoder_place import EncoderPlace
+from loramux.router.errors import RouterError
+from loramux.router.store import encoder_elsewhere
 from loramux.server.engine.local import EngineLimits
 from loramux.server.engine.weights import QUANTIZED
 from loramux.server.errors import StartError
@@ -360,10 +363,13 @@ class _Planner:
 
 
 def router_bytes(pool: Pool, encoder: str | None) -> int:
-    """Bytes of the router's tensors, with those of an encoder that lies elsewhere."""
+    """Bytes of the router's tensors, with those of an encoder that lies elsewhere (none if it is not found:
+    loading it says why)."""
     folders = [pool.router_dir]
-    if encoder is not None:
-        folders.append(Path(encoder))
+    location = encoder or encoder_elsewhere(pool.router_dir)
+    if location is not None:
+        with contextlib.suppress(RouterError):
+            folders.append(EncoderPlace.find(location).folder)
     return sum(file.stat().st_size for folder in folders for file in folder.rglob("*.safetensors"))
 
 

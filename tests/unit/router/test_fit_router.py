@@ -1,6 +1,7 @@
 """Fitting a whole router on texts of four topics, adding and removing experts, and what it generalises to."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ from loramux.router.decision import STRATEGIES, RoutingOptions
 from loramux.router.encoder import Encoder, EncoderSpec, normalize_rows
 from loramux.router.errors import RouterError
 from loramux.router.fit.discriminant import fit_discriminant
+from loramux.router.fit.general_texts import GENERAL_TEXTS, general_vectors
 from loramux.router.fit.router import RouterFitOptions, add_expert, fit_router, remove_expert
-from loramux.router.router import Router
+from loramux.router.header import read_header
+from loramux.router.router import Router, Vectors
 from loramux.router.state import RouterState
+from loramux.router.store import load_state, save_router
 from tests.unit.router.kit import TOPICS, topic_pairs, write_static_encoder
 
 EXPERTS = list(TOPICS)
@@ -216,3 +220,46 @@ def test_probabilities_leave_room_for_none_of_these(encoder: Encoder, state: Rou
     np.testing.assert_allclose(plain.sum(axis=1), 1, atol=1e-6)
     assert rows[0].sum() > 0.8
     assert rows[1].sum() < 0.5
+
+
+def test_everyday_texts_count_as_foreign_and_stay_so(encoder: Encoder, tmp_path: Path) -> None:
+    pairs, labels = topic_pairs(400, seed=1)
+    fresh, topics = topic_pairs(200, seed=77)
+    vectors = encoder.encode([text for text, _ in pairs]).vectors
+    new = encoder.encode([text for text, _ in fresh]).vectors
+    general = new[topics == 3]  # what a pool of the first three topics is not for
+    keep = labels < 3
+    without = fit_router(vectors[keep], labels[keep], EXPERTS[:3], encoder.spec)
+    state = fit_router(vectors[keep], labels[keep], EXPERTS[:3], encoder.spec, general=general)
+    unseen = vectors[labels == 3]
+
+    def known(one: RouterState, texts: Vectors) -> float:
+        assert one.familiarity is not None
+        return float(one.familiarity.probability(texts).mean())
+
+    assert known(state, unseen) < 0.6 * known(without, unseen)
+    assert known(state, new[topics < 3]) > 0.85
+    save_router(state, tmp_path, encoder_path=None)
+    assert read_header(tmp_path / "router.json").general
+    again = load_state(tmp_path)
+    assert known(again, unseen) == known(state, unseen)
+    # Who comes later is held against the same texts.
+    grown = add_expert(again, "new", vectors[labels == 3])
+    assert grown.familiarity is not None
+    np.testing.assert_array_equal(grown.familiarity.general, general)
+    assert known(remove_expert(again, EXPERTS[0]), unseen) <= known(again, unseen)
+
+
+def test_one_expert_is_told_from_everyday_texts(encoder: Encoder) -> None:
+    pairs, labels = topic_pairs(400, seed=1)
+    vectors = encoder.encode([text for text, _ in pairs]).vectors
+    own, general, unseen = vectors[labels == 0], vectors[labels == 1][:50], vectors[labels == 1][50:]
+    state = fit_router(own, np.zeros(len(own), np.int64), EXPERTS[:1], encoder.spec, general=general)
+    assert state.familiarity is not None
+    assert state.familiarity.probability(own).mean() > 0.85
+    assert state.familiarity.probability(unseen).mean() < 0.3
+
+
+def test_the_general_texts_are_texts_of_many_kinds(encoder: Encoder) -> None:
+    assert len(set(GENERAL_TEXTS)) == len(GENERAL_TEXTS) >= 80
+    assert general_vectors(encoder).shape == (len(GENERAL_TEXTS), encoder.spec.dimension)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.peft_format import read_lora
 from loramux.adapters.training.chat import encode_rows
+from loramux.adapters.training.errors import RowError
 from loramux.adapters.training.rows import Row
 from loramux.router.decision import Candidate, Decision
 from loramux.server.cli import app
@@ -120,6 +121,7 @@ def test_losses_and_choices_are_those_of_models_with_the_deltas_in_their_weights
         models[topic] = with_delta(base, [(adapter, 1.0)])
     items = read_items([parts / "data"])
 
+    @torch.inference_mode()
     def nats(model: torch.nn.Module, ids: tuple[int, ...], start: int) -> float:
         logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
         return -sum(float(logprobs[i - 1, ids[i]]) for i in range(start, len(ids)))
@@ -200,12 +202,12 @@ def test_a_killed_run_goes_on_and_measures_nothing_twice(
     async def dying(self: object, item: object, adapter: object) -> object:
         calls.append(item)
         if len(calls) == 6:
-            raise KeyboardInterrupt
+            raise RuntimeError("killed")
         return await real(self, item, adapter)  # type: ignore[arg-type]
 
     ledger = tmp_path / "out.json.rows"
     monkeypatch.setattr(measuring_module.Measuring, "_score", dying)
-    with pytest.raises((KeyboardInterrupt, BaseExceptionGroup)):
+    with pytest.raises(RuntimeError, match="killed"):
         measured(parts, ledger=ledger)
     kept = len(ledger.read_text().splitlines()) - 1
     with ledger.open("a") as file:
@@ -218,11 +220,15 @@ def test_a_killed_run_goes_on_and_measures_nothing_twice(
 
     monkeypatch.setattr(measuring_module.Measuring, "_score", counting)
     again = measured(parts, ledger=ledger)
-    assert again.scores == whole.scores
+    for system, row in again.scores.items():
+        for domain, score in row.items():
+            # Other rows share a step now, which changes the last bits.
+            assert score.nats == pytest.approx(whole.scores[system][domain].nats, rel=1e-5)
+            assert score.acc == whole.scores[system][domain].acc
     everything = len(ledger.read_text().splitlines()) - 1
     assert len(calls) == everything - kept
     calls.clear()
-    assert measured(parts, ledger=ledger).scores == whole.scores
+    assert measured(parts, ledger=ledger).scores == again.scores
     assert not calls
     assert measured(parts, ledger=ledger, max_new=0).scores["base"]["harbour"].exact is None
     assert len(calls) == everything
@@ -267,7 +273,7 @@ def test_the_routing_alone_needs_no_base(parts: Path, tmp_path: Path) -> None:
 def test_a_line_that_is_no_item_is_named(tmp_path: Path, line: str, why: str) -> None:
     file = tmp_path / "x.test.jsonl"
     file.write_text('{"instruction": "a", "output": "b"}\n' + line)
-    with pytest.raises(ValueError, match=re.escape(f"{file}:2: {why}")) as caught:
+    with pytest.raises((StartError, RowError), match=re.escape(f"{file}:2: {why}")) as caught:
         read_items([file])
     assert "\n" not in str(caught.value)
 
