@@ -33,7 +33,8 @@ BINS = 15
 
 class Figures(NamedTuple):
     """Of one pool: area under the ROC curve of the best hybrid score (own texts against foreign ones), share
-    of own texts and of foreign ones below the threshold, calibration error of the best probability over own texts."""
+    of own texts and of foreign ones below the threshold, calibration error of the best probability over own
+    texts."""
 
     auc: float
     lost: float

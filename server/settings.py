@@ -160,7 +160,7 @@ class Settings(BaseSettings):
     )
     encoder: str | None = Field(
         default=None,
-        description="Encoder directory, package or cached hub id, of the model that the centroids were made with.",
+        description="Directory, package or cached hub id of the encoder that the centroids were made with.",
     )
     device: str = Field(
         default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`; auto takes CUDA when present."
