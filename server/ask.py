@@ -29,7 +29,8 @@ class Sequence:
 class Ask:
     """A request. All its prompts are routed together, on `routing_text`, and share one blend.
 
-    `score_end`: the token that ends a sequence has a score of its own in the answer, as completions have it.
+    `grammar`, in llguidance's form, is what every answer follows. `score_end`: the token that ends a sequence
+    has a score of its own in the answer, as completions have it.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Ask:
     routing: RoutingFields | None = None
     echo: bool = False
     prompt_logprobs: int | None = None
+    grammar: str | None = None
     score_end: bool = False
 
     @property

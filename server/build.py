@@ -33,9 +33,11 @@ from loramux.server.admin import AdapterAdmin
 from loramux.server.base_files import BaseFiles
 from loramux.server.catalog import Catalog
 from loramux.server.engine.gguf.weights import GgufWeights
+from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import BaseModelError, load_base
 from loramux.server.engine.protocol import Engine
+from loramux.server.engine.runner import logits_width
 from loramux.server.engine.weights import prepare
 from loramux.server.errors import StartError
 from loramux.server.expert_metrics import expert_stats
@@ -94,7 +96,8 @@ def build(settings: Settings) -> Parts:
     arena = Arena(shapes, budget.rows, dtype=budget.factors, device=model.device)
     residency = make_residency(settings, experts, arena)
     layers = AdapterLayers(model, arena)
-    engine = make_engine(settings, model, layers, budget.kv_tokens)
+    grammars = make_grammars(tokenizer, model)
+    engine = make_engine(settings, model, layers, budget.kv_tokens, grammars)
     sparse = read_sparse_models(pool, shapes, target.dtype)
     allowance = Allowance(settings.residency.sparse_bytes + sum(one.nbytes for one in sparse))
     placing = partial(place_model, layers=layers, device=model.device, dtype=target.dtype)
@@ -119,6 +122,7 @@ def build(settings: Settings) -> Parts:
         engine=engine,
         router=router,
         tokenizer=tokenizer,
+        grammars=grammars,
         read=read,
         adapter_root=settings.adapter_root or pool.root / "experts",
         fingerprint=fingerprint(pool),
@@ -141,6 +145,7 @@ def connect(
     engine: Engine,
     router: Router,
     tokenizer: ChatTokenizer,
+    grammars: Grammars,
     read: Callable[[Path, str, ReadOptions], LoraAdapter | SparseModel],
     adapter_root: Path,
     fingerprint: str,
@@ -184,7 +189,7 @@ def connect(
         catalog=catalog,
         prompts=prompts,
         vocabulary=vocabulary,
-        intake=Intake(prompts, catalog),
+        intake=Intake(prompts, catalog, grammars),
         router=router,
         selector=selector,
         residency=residency,
@@ -282,7 +287,7 @@ def make_residency(settings: Settings, experts: dict[str, LoraAdapter], arena: A
 
 
 def make_engine(
-    settings: Settings, model: PreTrainedModel, layers: AdapterLayers, kv_tokens: int
+    settings: Settings, model: PreTrainedModel, layers: AdapterLayers, kv_tokens: int, grammars: Grammars
 ) -> LocalEngine:
     """The engine of this process."""
     chosen = settings.engine
@@ -294,10 +299,19 @@ def make_engine(
         prefix_sharing=chosen.prefix_sharing,
         graphs=chosen.cuda_graphs == "auto" and model.device.type == "cuda",
     )
+    return LocalEngine(model, layers, eos_ids=eos_ids_of(model), limits=limits, grammars=grammars)
+
+
+def eos_ids_of(model: PreTrainedModel) -> list[int]:
+    """The tokens that end an answer of this model."""
     generation = model.generation_config.eos_token_id if model.generation_config else None
     eos = model.config.eos_token_id if generation is None else generation
-    eos_ids = [eos] if isinstance(eos, int) else list(eos or ())
-    return LocalEngine(model, layers, eos_ids=eos_ids, limits=limits)
+    return [eos] if isinstance(eos, int) else list(eos or ())
+
+
+def make_grammars(tokenizer: ChatTokenizer, model: PreTrainedModel) -> Grammars:
+    """Grammars over the base's vocabulary, as wide as its rows of logits."""
+    return Grammars(tokenizer, eos_ids_of(model), logits_width(model))
 
 
 def fingerprint(pool: Pool) -> str:

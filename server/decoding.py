@@ -46,7 +46,7 @@ async def _sequence(
 ) -> AsyncGenerator[Begun | Delta]:
     index, prompt = sequence.index, sequence.prompt
     detokenizer, stops = Detokenizer(vocabulary), StopScanner(ask.stop)
-    work = Work(work_id, prompt.tokens, sequence.sampling, adapter, ask.prompt_logprobs)
+    work = Work(work_id, prompt.tokens, sequence.sampling, adapter, ask.prompt_logprobs, ask.grammar)
     async with aclosing(engine.run(work)) as events:
         async for event in events:
             match event:

@@ -1,15 +1,20 @@
 """From wire requests to an `Ask`: tokenizing, the context, and what depends on the vocabulary."""
 
+import asyncio
+
 from loramux.adapters.blend import METHOD_OPTIONS
 from loramux.server.ask import Ask, Prompt
 from loramux.server.catalog import Catalog, Kind
-from loramux.server.engine.protocol import Sampling
+from loramux.server.engine.grammars import Grammars
+from loramux.server.engine.protocol import GrammarError, Sampling
 from loramux.server.errors import RequestError
+from loramux.server.text.grammar import GrammarSyntaxError, grammar_of
 from loramux.server.text.prompts import Prompts
 from loramux.server.wire.chat import ChatRequest
 from loramux.server.wire.completions import CompletionRequest
 from loramux.server.wire.generation import GenerationFields
 from loramux.server.wire.messages import Message
+from loramux.server.wire.structured import Structure
 
 COMPLETION_TOKENS = 16
 
@@ -17,9 +22,10 @@ COMPLETION_TOKENS = 16
 class Intake:
     """Checks what the wire models cannot know."""
 
-    def __init__(self, prompts: Prompts, catalog: Catalog) -> None:
+    def __init__(self, prompts: Prompts, catalog: Catalog, grammars: Grammars) -> None:
         self._prompts = prompts
         self._catalog = catalog
+        self._grammars = grammars
 
     async def chat(self, request: ChatRequest) -> Ask:
         """Raises `RequestError` when the model, a token id or the context does not fit."""
@@ -30,7 +36,7 @@ class Intake:
         limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         prompt = Prompt(text, tokens, self._prompts.room(len(tokens), asked, "messages", limit=limit))
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        return self._ask(request, (prompt,), text, logprobs)
+        return self._ask(request, (prompt,), text, logprobs, grammar=await self._grammar(request.structure))
 
     async def completion(self, request: CompletionRequest) -> Ask:
         """Raises `RequestError` when the model, a token id or the context does not fit."""
@@ -47,8 +53,26 @@ class Intake:
             room = self._prompts.room(len(tokens), request.max_tokens, "prompt", default=COMPLETION_TOKENS)
             prompts.append(Prompt(text, tokens, room))
         return self._ask(
-            request, tuple(prompts), "\n".join(p.text for p in prompts), request.logprobs, request.echo
+            request,
+            tuple(prompts),
+            "\n".join(p.text for p in prompts),
+            request.logprobs,
+            request.echo,
+            await self._grammar(request.structure),
         )
+
+    async def _grammar(self, structure: Structure | None) -> str | None:
+        """The grammar of what the answer has to look like, known to compile."""
+        if structure is None:
+            return None
+        try:
+            # In a thread: a written grammar is translated by a parser in Python.
+            grammar = await asyncio.to_thread(grammar_of, structure)
+            await self._grammars.check(grammar)
+        except (GrammarSyntaxError, GrammarError) as error:
+            problem = f"{structure.param}: {error}"
+            raise RequestError(problem, param=structure.param, code="invalid_grammar") from None
+        return grammar
 
     def _check(self, request: GenerationFields) -> None:
         kind = self._catalog.resolve(request.model)
@@ -76,6 +100,7 @@ class Intake:
         text: str,
         logprobs: int | None,
         echo: bool = False,
+        grammar: str | None = None,
     ) -> Ask:
         sampling = Sampling(
             max_tokens=0,
@@ -103,6 +128,7 @@ class Intake:
             routing=request.routing,
             echo=echo,
             prompt_logprobs=logprobs if echo else None,
+            grammar=grammar,
             score_end=isinstance(request, CompletionRequest) and logprobs is not None,
         )
 

@@ -48,6 +48,12 @@ class Limits(_Section):
         default=16, ge=1, description="Experts in `lora`, and the largest `routing.top_m`."
     )
     max_embedding_inputs: int = Field(default=256, ge=1, description="Texts in one embeddings request.")
+    max_grammar_bytes: int = Field(
+        default=65536,
+        ge=64,
+        le=2**24,
+        description="Bytes of one JSON Schema, regular expression, grammar or list of choices.",
+    )
     max_routing_examples: int = Field(
         default=64, ge=1, description="Texts in `routing_examples` of one adapter."
     )

@@ -17,6 +17,7 @@ from loramux.adapters.layers import AdapterLayers
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.residency import Residency
 from loramux.kernels.gated_lora import Form
+from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.protocol import Event, Finished, Sampling, Token, TokenScore, Work
 from loramux.server.engine.sampler import Sampler, adjust_
@@ -127,11 +128,12 @@ class Rig:
         *,
         prompt_logprobs: int | None = None,
         method: str = "exact",
+        grammar: str | None = None,
         **sampling: Any,
     ) -> AsyncIterator[Event]:
         async with self.residency.lease(self.blend(weights or {}, method)) as lease:
             chosen = Sampling(**{"max_tokens": 24, "temperature": 0.0, **sampling})
-            work = Work(f"w{next(self._ids)}", tuple(prompt), chosen, lease.handle, prompt_logprobs)
+            work = Work(f"w{next(self._ids)}", tuple(prompt), chosen, lease.handle, prompt_logprobs, grammar)
             async with aclosing(self.engine.run(work)) as events:
                 async for event in events:
                     yield event
@@ -150,6 +152,7 @@ async def running(
     rows: int = 256,
     eos_ids: Sequence[int] = (),
     form: Form | None = None,
+    grammars: Grammars | None = None,
     **limits: Any,
 ) -> AsyncIterator[Rig]:
     """An engine over `model`, which is changed by it; stopped, and its rows recounted, at the end."""
@@ -158,7 +161,7 @@ async def running(
     layers = AdapterLayers(model, arena, form)
     residency = Residency({expert.id: expert for expert in experts}, arena)
     chosen = EngineLimits(**{"kv_tokens": 4096, "page_size": 8, "max_batch_tokens": 64, **limits})
-    engine = LocalEngine(model, layers, eos_ids=eos_ids, limits=chosen)
+    engine = LocalEngine(model, layers, eos_ids=eos_ids, limits=chosen, grammars=grammars)
     await engine.start()
     try:
         yield Rig(engine, residency)

@@ -10,7 +10,13 @@ from starlette.types import Receive, Scope, Send
 
 from loramux.adapters.errors import AdapterError, BlendError
 from loramux.router.errors import RouterError, RoutingExamplesError, RoutingOptionsError
-from loramux.server.engine.protocol import EngineClosed, EngineError, EngineExhausted, EngineOverloaded
+from loramux.server.engine.protocol import (
+    EngineClosed,
+    EngineError,
+    EngineExhausted,
+    EngineOverloaded,
+    GrammarError,
+)
 from loramux.server.errors import INVALID, SERVER, NotReady, RequestError
 
 
@@ -49,6 +55,7 @@ ERROR_TABLE: tuple[_Row, ...] = (
     _Row(EngineOverloaded, 429, "rate_limit_error", "queue_full"),
     _Row(EngineClosed, 503, SERVER, "engine_closed"),
     _Row(EngineExhausted, 503, SERVER, "out_of_memory"),
+    _Row(GrammarError, 400, INVALID, "grammar_failed"),
     _Row(EngineError, 500, SERVER, "engine_error"),
     _Row(BlendError, 400, INVALID, "blend_refused"),
     _Row(AdapterError, 500, SERVER, "adapter_error"),

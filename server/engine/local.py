@@ -16,6 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from loramux.adapters.layers import AdapterLayers
+from loramux.server.engine.grammars import Grammars, matcher_of
+from loramux.server.engine.masks import Masks
 from loramux.server.engine.model import context_of, unsupported
 from loramux.server.engine.pace import Pace
 from loramux.server.engine.pages import Pages
@@ -27,6 +29,7 @@ from loramux.server.engine.protocol import (
     EngineStats,
     Event,
     Finished,
+    GrammarError,
     Sampling,
     TokenScore,
     Work,
@@ -70,6 +73,7 @@ class LocalEngine:
         *,
         eos_ids: Items[int],
         limits: EngineLimits | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self._model = model
         self._eos_ids = frozenset(eos_ids)
@@ -95,6 +99,8 @@ class LocalEngine:
             graphs=limits.graphs,
         )
         self._sampler = Sampler()
+        self._grammars = grammars
+        self._masks = Masks(grammars, limits.max_running, model.device)
         self._sequences: dict[str, Sequence] = {}
         self._stats = EngineStats()
         self._closed: str | None = "the engine has not been started"
@@ -143,14 +149,17 @@ class LocalEngine:
         await asyncio.to_thread(self._shut_down, timeout)
 
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
+        matcher = await matcher_of(self._grammars, work.grammar)
         self._admit(work)
-        sequence = Sequence(work, self._stop_ids(work), asyncio.get_running_loop())
+        sequence = Sequence(work, self._stop_ids(work), asyncio.get_running_loop(), matcher)
         self._sequences[work.id] = sequence
         try:
             self._tell("add", sequence)
             while True:
                 event = await sequence.events.get()
                 if isinstance(event, EngineError):
+                    if isinstance(event, GrammarError) and self._grammars is not None:
+                        self._grammars.forget(work.grammar)
                     raise event
                 yield event
                 if isinstance(event, Finished):
@@ -192,7 +201,10 @@ class LocalEngine:
             raise EngineOverloaded(len(waiting), self._pace.wait_seconds(waiting))
 
     def _stop_ids(self, work: Work) -> frozenset[int]:
-        return work.sampling.stop_token_ids | (frozenset() if work.sampling.ignore_eos else self._eos_ids)
+        own = frozenset[int]() if work.sampling.ignore_eos else self._eos_ids
+        if work.grammar is not None and self._grammars is not None:
+            own = self._grammars.eos_ids  # nothing can follow the end of a grammar
+        return work.sampling.stop_token_ids | own
 
     async def _leave(self, sequence: Sequence) -> None:
         """Take the sequence out; returns when no later step can touch its adapter."""
@@ -260,6 +272,7 @@ class LocalEngine:
             log.exception("the engine died")
             error = fault
         self._runner.stop()
+        self._masks.close()
         reason = "the engine has stopped" if error is None else f"the engine died: {error}"
         if error is not None or self._closed is None:
             self._closed = self._dead = reason
@@ -295,6 +308,9 @@ class LocalEngine:
             if score is None:
                 self._drop(sequence, "the distribution of the next token is not finite")
                 continue
+            if problem := sequence.follow(score.id):
+                self._drop(sequence, problem, GrammarError)
+                continue
             self._post(sequence, sequence.accept(score))
             if sequence.finished:
                 self._scheduler.remove(sequence)
@@ -302,6 +318,7 @@ class LocalEngine:
 
     def _compute(self, chunks: Items[Chunk]) -> list[tuple[Sequence, TokenScore | None]]:
         """The next token of every sequence whose known tokens are all computed after this step."""
+        self._masks.begin(chunks)
         logits = self._runner.run(chunks, self._flush)
         for chunk, rows in zip(chunks, logits.rows, strict=True):
             if chunk.sequence.needs_prompt_scores:
@@ -314,13 +331,14 @@ class LocalEngine:
         if last != list(range(len(values))):
             at = torch.tensor(last, device=values.device)
             values, best, captured = values[at], None if best is None else best[at], None
-        chosen = self._sampler.choose(values, sequences, best, captured)
+        chosen = self._sampler.choose(values, sequences, best, captured, self._masks)
         return list(zip(sequences, chosen, strict=True))
 
     def _fail(self, chunks: Items[Chunk], error: Exception) -> None:
         log.warning("a step failed: %s", error, exc_info=log.isEnabledFor(logging.DEBUG))
         exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         kind = EngineExhausted if exhausted else EngineError
+        self._masks.wait()
         for chunk in chunks:
             self._drop(chunk.sequence, str(error) or type(error).__name__, kind)
         if isinstance(error, torch.OutOfMemoryError):

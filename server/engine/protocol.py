@@ -40,6 +40,7 @@ class Work:
     """One sequence to generate: `prompt` token ids, at least one; `max_tokens` 0 only scores the prompt.
 
     `prompt_logprobs` asks for the log-probability of each prompt token with that many alternatives.
+    `grammar`, in llguidance's form, is what the answer has to follow: its end is the end of the answer.
     """
 
     id: str
@@ -47,6 +48,7 @@ class Work:
     sampling: Sampling
     adapter: object = None
     prompt_logprobs: int | None = None
+    grammar: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +120,10 @@ class EngineError(RuntimeError):
     """The engine could not finish this sequence; other sequences are not affected unless it is closed."""
 
 
+class GrammarError(EngineError):
+    """A grammar that cannot be compiled, or that became too much for its limits as the answer grew."""
+
+
 class EngineOverloaded(EngineError):
     """The queue is full: the client should come back in `retry_after` seconds."""
 
@@ -158,6 +164,7 @@ class Engine(Protocol):
 
         Raises:
             EngineOverloaded: before the first event, when the queue is full.
+            GrammarError: before the first event or later.
             EngineClosed: at any time.
             EngineError: this sequence failed.
         """

@@ -67,7 +67,7 @@ class Runner:
         self._graphs: StepGraphs | None = None
         if graphs:
             self._graphs = StepGraphs(
-                self._forward, self._inputs, self._paged, layers, _outputs(model), max_running
+                self._forward, self._inputs, self._paged, layers, logits_width(model), max_running
             )
 
     def start(self) -> None:
@@ -180,7 +180,7 @@ class Runner:
         return self._plan
 
 
-def _outputs(model: PreTrainedModel) -> int:
+def logits_width(model: PreTrainedModel) -> int:
     """Numbers in a row of logits."""
     head = model.get_output_embeddings()
     return int(getattr(head, "out_features", None) or model.config.get_text_config().vocab_size)

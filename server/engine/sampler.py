@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from loramux.server.engine.masks import Masks
 from loramux.server.engine.protocol import Sampling, TokenScore
 from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence
@@ -254,6 +255,7 @@ class Sampler:
         sequences: Items[Sequence],
         best: Tensor | None = None,
         captured: CapturedDraw | None = None,
+        masks: Masks | None = None,
     ) -> list[TokenScore | None]:
         """A token for each sequence.
 
@@ -261,6 +263,7 @@ class Sampler:
             logits: float32 [sequences, vocabulary], which stay as they are.
             best: int64 [sequences], their argmax, where it is known.
             captured: draws from these logits, where that was captured.
+            masks: begun for those sequences that follow a grammar, in their order.
 
         Returns:
             One score a sequence, with log-probabilities for those that ask; `None` where the distribution is
@@ -269,15 +272,19 @@ class Sampler:
         settings = [sequence.work.sampling for sequence in sequences]
         drawn = [row for row, s in enumerate(settings) if not is_greedy(s)]
         adjusted = [row for row, s in enumerate(settings) if changes_logits(s)]
-        if captured is not None and drawn and not adjusted and not any(settings[row].top_k for row in drawn):
+        masked = [row for row, one in enumerate(sequences) if masks is not None and one.is_constrained]
+        changed = bool(adjusted or masked)
+        if captured is not None and drawn and not changed and not any(settings[row].top_k for row in drawn):
             tokens = self._draw_captured(logits, sequences, captured)
         else:
             scores = logits
-            if adjusted:
+            if changed:
                 scores = logits.clone()
                 for row in adjusted:
                     adjust_(scores[row], sequences[row])
-            found = scores.argmax(dim=-1) if best is None or adjusted else best
+            if masks is not None and masked:  # after the bias: no wish of a client's goes beyond the grammar
+                masks.apply_(scores, masked)
+            found = scores.argmax(dim=-1) if best is None or changed else best
             tokens = self._draw(scores, found, sequences, drawn).tolist() if drawn else found.tolist()
         return [
             None

@@ -5,8 +5,11 @@ import secrets
 from collections import Counter
 from dataclasses import dataclass, field
 
+from llguidance import LLMatcher
+
 from loramux.adapters.residency import Handle
 from loramux.kernels.gated_lora import Slot
+from loramux.server.engine.grammars import one_line
 from loramux.server.engine.protocol import (
     EngineError,
     Event,
@@ -27,6 +30,8 @@ class Sequence:
         tokens: prompt and answer so far.
         computed: how many of them have their keys and values in the cache.
         pages: where these are, in order; hashes: of those pages that are full.
+        matcher: where the answer is in the grammar it must follow, if there is one. It goes with `tokens`
+            alone: a sequence that is computed again is where it was.
         counts: how often each token is part of the answer.
         gone: no later step can include it.
     """
@@ -34,6 +39,7 @@ class Sequence:
     work: Work
     stop_ids: frozenset[int]
     loop: asyncio.AbstractEventLoop
+    matcher: LLMatcher | None = None
     events: asyncio.Queue[Event | EngineError] = field(default_factory=asyncio.Queue)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     started: bool = False
@@ -83,6 +89,24 @@ class Sequence:
             self.prompt_scores.append(TokenScore(self.work.prompt[0]))
         return [Started(cached_tokens)]
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the next token has to be one that the grammar allows."""
+        return self.matcher is not None and self.work.sampling.max_tokens > 0
+
+    def follow(self, token: int) -> str | None:
+        """Go on in the grammar by the token that a step has chosen; what is wrong where that is impossible.
+
+        To be called before `accept`; without a grammar, and for a token that ends the answer, there is
+        nothing to do.
+        """
+        if self.matcher is None or not self.is_constrained:
+            return None
+        # A matcher that hit a limit allows its end in place of the tokens it could not find.
+        if not self.matcher.is_error() and (token in self.stop_ids or self.matcher.consume_token(token)):
+            return None
+        return f"no token follows the grammar: {one_line(self.matcher.get_error())}"
+
     def accept(self, score: TokenScore) -> list[Event]:
         """Take the token that a step has chosen; the events it causes, `Finished` last if it ends here."""
         events: list[Event] = []
@@ -98,7 +122,10 @@ class Sequence:
         self.tokens.append(score.id)
         self.counts[score.id] += 1
         events.append(Token(score))
-        if self.generated >= sampling.max_tokens:
+        if self.matcher is not None and self.matcher.is_stopped():
+            self.finished = True
+            events.append(Finished("stop"))
+        elif self.generated >= sampling.max_tokens:
             self.finished = True
             events.append(Finished("length"))
         return events

@@ -1,25 +1,12 @@
 """`POST /v1/chat/completions`: the request, and the JSON of whole answers and of chunks."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loramux.server.wire.generation import GenerationFields
 from loramux.server.wire.messages import Messages
-from loramux.server.wire.strict import StrictModel, at_most, field_error, limits_of
-
-
-class ResponseFormat(StrictModel):
-    """`{"type": "text"}` and nothing else."""
-
-    type: Literal["text"]
-
-    @field_validator("type", mode="before")
-    @classmethod
-    def _served(cls, value: object) -> object:
-        if value in ("json_object", "json_schema"):
-            raise ValueError(f"{value} is not supported by this server; text is")
-        return value
+from loramux.server.wire.strict import at_most, field_error, limits_of
 
 
 class ChatRequest(GenerationFields):
@@ -29,7 +16,6 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
-    response_format: ResponseFormat | None = None
 
     UNSUPPORTED: ClassVar[frozenset[str]] = GenerationFields.UNSUPPORTED | {"echo"}
 

@@ -24,7 +24,7 @@ class CompletionRequest(GenerationFields):
     logprobs: int | None = Field(None, ge=0)
 
     UNSUPPORTED: ClassVar[frozenset[str]] = GenerationFields.UNSUPPORTED | {
-        "response_format", "max_completion_tokens", "top_logprobs", "messages",
+        "max_completion_tokens", "top_logprobs", "messages",
     }  # fmt: skip
 
     @field_validator("prompt", mode="before")

@@ -13,6 +13,7 @@ from loramux.server.wire.strict import (
     limits_of,
     no_longer_than,
 )
+from loramux.server.wire.structured import StructuredFields
 
 INT64 = 2**63
 ARROW = "arrow"
@@ -70,7 +71,7 @@ class RoutingFields(StrictModel):
         return self
 
 
-class GenerationFields(StrictModel):
+class GenerationFields(StructuredFields):
     """The fields that chat and completions have in common."""
 
     model: str = Field(min_length=1, max_length=256)

@@ -80,7 +80,7 @@ _LABELS = {"metadata": dict, "prompt_cache_key": str, "safety_identifier": str, 
 _DEFAULTS: dict[str, tuple[object, ...]] = {
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "store": (False,), "service_tier": ("auto", "default"), "best_of": (1,), "modalities": (["text"],),
-    "suffix": ("",), "echo": (False,), "response_format": ({"type": "text"},),
+    "suffix": ("",), "echo": (False,),
 }  # fmt: skip
 
 

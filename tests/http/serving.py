@@ -29,6 +29,7 @@ from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.tally import ExpertLoad
 from loramux.server.app import create_app
 from loramux.server.build import connect
+from loramux.server.engine.grammars import Grammars
 from loramux.server.metrics import Metrics
 from loramux.server.parts import Parts
 from loramux.server.settings import Settings, load_settings
@@ -188,6 +189,7 @@ def serving(
         engine=engine,
         router=router,
         tokenizer=TOKENIZER,
+        grammars=Grammars(TOKENIZER, ()),
         read=read_expert,
         adapter_root=tmp_path / "adapters",
         fingerprint="loramux-test",

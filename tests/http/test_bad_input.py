@@ -140,7 +140,7 @@ BAD_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"stream": "yes"}, "stream"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stream": True, "stream_options": {"include_everything": True}}, "stream_options.include_everything"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"functions": [{}]}, "functions"),
     ({"best_of": 2}, "best_of"),
@@ -284,6 +284,7 @@ FIELDS = [
     "model", "messages", "prompt", "n", "stop", "seed", "logit_bias", "max_tokens", "temperature",
     "top_p", "top_k", "stream", "stream_options", "logprobs", "top_logprobs", "lora", "routing",
     "echo", "user", "response_format", "stop_token_ids", "input", "tokens", "min_p", "tools",
+    "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
 ]  # fmt: skip
 names = st.sampled_from(FIELDS)
 paths = st.sampled_from([CHAT, COMPLETIONS, "/v1/route", "/tokenize", "/detokenize"])

@@ -121,12 +121,6 @@ def test_an_overflow_names_the_field_that_asked_for_too_much(served: Served) -> 
         assert "prompt is too long" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["json_object", "json_schema"])
-def test_another_format_is_said_to_be_not_supported(served: Served, kind: str) -> None:
-    with pytest.raises(openai.BadRequestError, match=f"{kind} is not supported"):
-        served.chat("math", response_format={"type": kind})
-
-
 @pytest.mark.parametrize(
     "template",
     [

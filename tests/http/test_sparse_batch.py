@@ -6,39 +6,19 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 
-from loramux.adapters.arena import Arena
-from loramux.adapters.base_shapes import BaseShapes
-from loramux.adapters.layers import AdapterLayers
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.peft_format import write_lora
-from loramux.adapters.residency import Residency
-from loramux.adapters.sparse.arrow import ArrowExperts
-from loramux.adapters.sparse.arrows import Arrows
 from loramux.adapters.sparse.model import SparseModel
-from loramux.adapters.sparse.shelf import Shelf
-from loramux.server.build import connect, place_model, read_adapter
-from loramux.server.engine.local import EngineLimits, LocalEngine
-from loramux.server.metrics import Metrics
-from loramux.server.parts import Parts
-from loramux.server.settings import load_settings
-from tests.http.serving import BASE, TOKENIZER, listening
-from tests.kit import WordRouter
-from tests.tiny import random_adapter, tiny_llama
-from tests.tiny_sparse import mixlora_tensors, random_experts, random_loracoe, random_mixlora, save_mixlora
+from tests.http.live import ARROW, BLEND, Live, live
+from tests.http.serving import BASE
+from tests.tiny import random_adapter
+from tests.tiny_sparse import mixlora_tensors, random_mixlora, save_mixlora
 
-ADMIN = {"authorization": "Bearer admin"}
-BLEND = {"model": "auto", "lora": [{"id": "code", "scale": 0.6}, {"id": "law", "scale": 0.4}]}
-ARROW = {"model": "auto", "routing": {"strategy": "arrow", "top_m": 2}}
 KINDS: dict[str, dict[str, Any]] = {
     "blend": BLEND,
     "expert": {"model": "math"},
@@ -49,71 +29,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "mola": {"model": "mola"},
     "arrow": ARROW,
 }
-
-
-@dataclass
-class Live:
-    """A server whose engine computes."""
-
-    http: httpx.Client
-    parts: Parts
-    engine: LocalEngine
-    shapes: BaseShapes
-    root: Path
-
-    def complete(self, prompt: tuple[int, ...], tokens: int = 16, **fields: Any) -> dict[str, Any]:
-        body = {"prompt": list(prompt), "max_tokens": tokens, "temperature": 0, "logprobs": 0, **fields}
-        answer = self.http.post("/v1/completions", json={"ignore_eos": True, **body})
-        assert answer.status_code == 200, answer.text
-        found: dict[str, Any] = answer.json()
-        return found
-
-    def admin(self, action: str, **body: object) -> httpx.Response:
-        return self.http.post(f"/v1/{action}_lora_adapter", json=body, headers=ADMIN)
-
-    def sparse_bytes(self) -> int:
-        return self.parts.shelf.stats().nbytes
-
-
-@contextmanager
-def live(root: Path) -> Iterator[Live]:
-    settings = load_settings(flags={"admin_key": "admin", "drain_seconds": 2})
-    model = tiny_llama(vocab_size=len(TOKENIZER))
-    shapes = BaseShapes.from_model(model, BASE)
-    experts = {name: random_adapter(shapes, 4, name) for name in ("code", "law", "math")}
-    sparse: list[SparseModel] = [
-        random_mixlora(shapes, "mix"),
-        random_loracoe(shapes, "coe"),
-        random_experts(shapes, "moe"),
-        random_experts(shapes, "mola", top_k=2),
-    ]
-    arena = Arena(shapes, 64)
-    residency = Residency(experts, arena)
-    limits = EngineLimits(kv_tokens=4096, page_size=8, max_batch_tokens=128)
-    layers = AdapterLayers(model, arena)
-    engine = LocalEngine(model, layers, eos_ids=(), limits=limits)
-    cpu = torch.device("cpu")
-    shelf = Shelf(partial(place_model, layers=layers, device=cpu, dtype=torch.float32), sparse)
-    arrows = Arrows(ArrowExperts)
-    parts = connect(
-        settings,
-        metrics=Metrics(BASE, engine.stats, residency.stats, sparse_stats=shelf.stats),
-        keys=(),
-        base=BASE,
-        residency=residency,
-        shelf=shelf,
-        arrows=arrows,
-        engine=engine,
-        router=WordRouter(tuple(experts)),
-        tokenizer=TOKENIZER,
-        read=partial(read_adapter, shapes=shapes, dtype=torch.float32, factors=torch.float32, pinned=False),
-        adapter_root=root,
-        fingerprint="loramux-test",
-    )
-    with listening(parts) as (url, _), httpx.Client(base_url=url, timeout=60) as http:
-        yield Live(http, parts, engine, shapes, root)
-        residency.check_integrity()
-        shelf.check_integrity()
 
 
 @pytest.fixture(scope="module")
