@@ -27,7 +27,11 @@ from loramux.server.text.grammar import json_grammar, regex_grammar
 FREE = "free text"
 PERSON = {
     "type": "object",
-    "properties": {"name": {"type": "string", "minLength": 4}, "age": {"type": "integer"}, "is_old": {"type": "boolean"}},
+    "properties": {
+        "name": {"type": "string", "minLength": 4},
+        "age": {"type": "integer"},
+        "is_old": {"type": "boolean"},
+    },
     "required": ["name", "age", "is_old"],
     "additionalProperties": False,
 }  # fmt: skip
