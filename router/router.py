@@ -6,6 +6,7 @@ each request chooses with its own options. `decide` runs all three.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +18,7 @@ from .encoder import Encoded, Encoder, normalize_rows
 from .errors import RouterError, RoutingOptionsError
 from .index import CentroidIndex
 from .policy import blend_weights, entropy, ranking
+from .projection import Projection
 from .state import RouterState
 
 Vectors = npt.NDArray[np.float32]
@@ -103,6 +105,11 @@ class Router:
     @property
     def experts(self) -> tuple[str, ...]:
         return self.state.experts
+
+    @cached_property
+    def projection(self) -> Projection:
+        """The map of the experts, in the order of `experts`."""
+        return Projection.of(self.state.centroids)
 
     def over(self, state: RouterState) -> "Router":
         """The router of another state, with this one's encoder and defaults.

@@ -25,6 +25,7 @@ from .decision import Decision, RoutingOptions
 from .encoder import Encoder, EncoderSpec
 from .errors import RouterError
 from .joining import Joined, joined, left
+from .projection import Projection
 from .router import Router, ScoreRow, blank_rows
 
 # Texts that are embedded before a waiting decision has its turn.
@@ -124,6 +125,10 @@ class RoutingService:
     @property
     def experts(self) -> tuple[str, ...]:
         return self.router.experts
+
+    @property
+    def projection(self) -> Projection:
+        return self.router.projection
 
     def stats(self) -> ServiceStats:
         """A copy of the counters."""

@@ -25,6 +25,7 @@ from loramux.server.routes.admin import admin_routes
 from loramux.server.routes.chat import chat_routes
 from loramux.server.routes.completions import completion_routes
 from loramux.server.routes.embeddings import embedding_routes
+from loramux.server.routes.experts import expert_routes
 from loramux.server.routes.health import health_routes
 from loramux.server.routes.metrics import metrics_routes
 from loramux.server.routes.models import model_routes
@@ -40,6 +41,7 @@ ROUTE_GROUPS: tuple[Callable[[Parts], APIRouter], ...] = (
     completion_routes,
     embedding_routes,
     model_routes,
+    expert_routes,
     route_routes,
     token_routes,
     admin_routes,

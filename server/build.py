@@ -52,6 +52,7 @@ from loramux.server.parts import Parts
 from loramux.server.pipeline import Pipeline
 from loramux.server.pool.build_report import read_gains
 from loramux.server.pool.experts import measure_experts, read_experts
+from loramux.server.pool.facts import ExpertFacts, read_facts
 from loramux.server.pool.manifest import MANIFEST, Pool
 from loramux.server.pool.routing import load_pool_router, open_pool
 from loramux.server.pool.sparse import measure_sparse_models, read_sparse_models
@@ -130,6 +131,7 @@ def build(settings: Settings) -> Parts:
         gains={
             experts[name].content_hash: gain for name, gain in read_gains(pool).items() if name in experts
         },
+        facts=read_facts(pool),
     )
 
 
@@ -151,13 +153,14 @@ def connect(
     fingerprint: str,
     traces: Traces = NO_TRACES,
     gains: Mapping[str, float] = MappingProxyType({}),
+    facts: Mapping[str, ExpertFacts] = MappingProxyType({}),
 ) -> Parts:
     """The parts of a server around a residency, an engine and a router, whichever they are.
 
     `gains`: what is known of the experts' worth, by content hash.
     """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards)
+    catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards, facts)
     prompts = Prompts(tokenizer, vocabulary, engine.max_context)
     lifecycle = Lifecycle()
     metrics.watch(

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.sparse.shelf import SparseCard
 from loramux.server.errors import StartError, UnknownModel
+from loramux.server.pool.facts import ExpertFacts
+from loramux.server.wire.experts import expert_card
 from loramux.server.wire.models import model_card
 
 AUTO = "auto"
@@ -51,11 +53,13 @@ class Catalog:
         max_context: int,
         routes: Routes,
         sparse: Mapping[str, SparseCard] = MappingProxyType({}),
+        facts: Mapping[str, ExpertFacts] = MappingProxyType({}),
     ) -> None:
-        """`experts` are, at this moment, those that the router was fitted for."""
+        """`experts` are, at this moment, those that the router was fitted for and that `facts` are about."""
         self.base = base
         self._routes = routes
         self._pool = {name: expert.content_hash for name, expert in experts.items()}
+        self._facts = {self._pool[name]: fact for name, fact in facts.items() if name in self._pool}
         self.experts = experts
         self.sparse = sparse
         self._max_context = max_context
@@ -142,6 +146,14 @@ class Catalog:
         """The `/v1/models` entries."""
         routed = self.routed()
         return [self._card(name, routed) for name in self.names()]
+
+    def expert_cards(self) -> list[dict[str, Any]]:
+        """The `/v1/experts` entries; facts belong to content, like routes."""
+        routed, unknown = self.routed(), ExpertFacts()
+        return [
+            expert_card(name, self._facts.get(expert.content_hash, unknown), route_fields(routed.get(name)))
+            for name, expert in sorted(self.experts.items())
+        ]
 
     def card(self, model: str) -> dict[str, Any]:
         """The `/v1/models` entry.

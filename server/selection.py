@@ -1,6 +1,6 @@
 """Steps 2 and 3 of a request: which experts, how much of each, and the blend made of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from loramux.router.decision import Candidate, Decision, RoutingOptions
 from loramux.router.encoder import EncoderSpec
 from loramux.router.errors import RouterError, RoutingOptionsError
 from loramux.router.joining import Joined
+from loramux.router.projection import Projection
 from loramux.router.router import Router as FittedRouter
 from loramux.router.service import Embedded
 from loramux.server.ask import Ask
@@ -19,6 +20,7 @@ from loramux.server.leases import Mixture, SparseChoice
 from loramux.server.metrics import Metrics
 from loramux.server.settings import RoutingSettings
 from loramux.server.wire.decision import explained, scored
+from loramux.server.wire.experts import map_body
 from loramux.server.wire.generation import ARROW, RoutingFields
 
 NAMED = "named"
@@ -92,6 +94,11 @@ class Router(Protocol):
     @property
     def experts(self) -> Sequence[str]:
         """The ids that decisions have now."""
+        ...
+
+    @property
+    def projection(self) -> Projection:
+        """The map of their centroids, in that order."""
         ...
 
     async def decide(self, text: str, options: RoutingOptions) -> Decision:
@@ -187,8 +194,18 @@ class Selector:
         grid = EXACT_GRID if selection.strategy == GIVEN else self._step
         return Blend.of(parts, method=selection.method, grid=grid)
 
-    async def explain(self, text: str, asked: RoutingFields | None) -> dict[str, Any]:
-        """The whole decision about a text, for `/v1/route`.
+    def chart(self, similarities: Mapping[str, float] | None = None) -> dict[str, Any]:
+        """The map of the experts that can be routed to, and on it the text of these cosines by router id."""
+        ids, projection = self._router.experts, self._router.projection
+        served = self._catalog.routable()
+        places = zip(ids, projection.positions.tolist(), strict=True)
+        positions = {served[id]: (x, y) for id, (x, y) in places if id in served}
+        known = similarities is not None and set(similarities) == set(ids)
+        prompt = projection.place([similarities[id] for id in ids]) if similarities and known else None
+        return map_body(positions, projection.explained.tolist(), prompt)
+
+    async def explain(self, text: str, asked: RoutingFields | None, *, chart: bool = False) -> dict[str, Any]:
+        """The whole decision about a text, for `/v1/route`; with `chart`, where it lies on the map too.
 
         Raises:
             RequestError: arrow, which decides nothing about a whole text.
@@ -200,20 +217,20 @@ class Selector:
                 param="routing.strategy",
                 code="invalid_value",
             )
-        return explained(await self._decide(text, asked))
-
-    async def _decide(self, text: str, asked: RoutingFields | None) -> Decision:
-        """Over the experts that can be routed to now."""
         decision = await self._router.decide(text, _options(asked))
-        return decision.among(self._catalog.routable())
+        body = explained(decision.among(self._catalog.routable()))
+        if chart:
+            body["map"] = self.chart({one.id: one.similarity for one in decision.candidates})
+        return body
 
     async def _route(self, ask: Ask) -> Selection:
         try:
-            decision = await self._decide(ask.routing_text, ask.routing)
+            decision = await self._router.decide(ask.routing_text, _options(ask.routing))
         except RouterError as error:
             if not isinstance(error, RoutingOptionsError):
                 self._metrics.routed("error", ())
             raise
+        decision = decision.among(self._catalog.routable())
         asked = None if ask.routing is None else ask.routing.merge
         selection = Selection(
             decision.strategy,

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from loramux.router.decision import Candidate, Decision, RoutingOptions
+from loramux.router.projection import Projection
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineOverloaded,
@@ -162,6 +164,10 @@ class WordRouter:
             margin=candidates[0].score - candidates[1].score,
             entropy=1.0,
         )
+
+    @property
+    def projection(self) -> Projection:
+        return Projection.of(np.eye(len(self.experts), dtype=np.float32))
 
     async def close(self) -> None:
         pass

@@ -24,6 +24,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 RelativePath = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+ExamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 FileHash = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
@@ -46,13 +47,14 @@ class BaseEntry:
 @with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class ExpertEntry:
-    """One expert: a PEFT LoRA directory and what is known about its cluster."""
+    """One expert: a PEFT LoRA directory, what is known about its cluster, and prompts to try (`examples`)."""
 
     id: Slug
     path: RelativePath
     description: str = ""
     rows: Annotated[int, Field(ge=0)] = 0
     top_terms: tuple[str, ...] = ()
+    examples: tuple[ExamplePrompt, ...] = ()
     any_base: bool = False
 
 

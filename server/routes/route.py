@@ -22,7 +22,7 @@ def route_routes(parts: Parts) -> APIRouter:
             raise RequestError("only model auto is routed", param="model", code="invalid_value")
         text = asked.input if asked.messages is None else routing_text(asked.messages)
         with parts.lifecycle.working():
-            explained = await parts.selector.explain(text or "", asked.routing)
+            explained = await parts.selector.explain(text or "", asked.routing, chart=asked.map)
         return Response(encode_json(explained), media_type="application/json")
 
     return router

@@ -16,4 +16,5 @@ class RouteRequest(TextOrChat):
     input: str | None = Field(None, min_length=1)
     messages: Messages | None = None
     routing: RoutingFields | None = None
+    map: bool = False
     model: str | None = Field(None, max_length=256)

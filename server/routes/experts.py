@@ -1,0 +1,20 @@
+"""`GET /v1/experts`: what the experts are for, what they are worth, and the map of their centroids."""
+
+from fastapi import APIRouter, Response
+
+from loramux.server.parts import Parts
+from loramux.server.wire.experts import expert_list
+from loramux.server.wire.strict import encode_json
+
+
+def expert_routes(parts: Parts) -> APIRouter:
+    """The route."""
+    router = APIRouter()
+    catalog, selector = parts.catalog, parts.selector
+
+    @router.get("/v1/experts")
+    async def experts() -> Response:
+        body = expert_list(catalog.base, catalog.expert_cards(), selector.chart())
+        return Response(encode_json(body), media_type="application/json")
+
+    return router
