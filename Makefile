@@ -1,4 +1,4 @@
-# make serve | test | test-releases | lint | fuzz | bench | bench-gpu | bench-peers | dashboards | image | clean.  The virtual environment is made on first use.
+# make serve | test | test-releases | lint | browser | fuzz | bench | bench-gpu | bench-peers | dashboards | image | clean.  The virtual environment is made on first use.
 #
 # PIP_* variables of the environment reach pip unchanged: on a machine without an NVIDIA GPU, set PIP_INDEX_URL or
 # PIP_EXTRA_INDEX_URL to an index of CPU builds to spare several gigabytes of CUDA libraries.
@@ -23,7 +23,7 @@ CHECKED := $(PACKAGES) tests benchmarks docker
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test test-releases lint fuzz bench bench-gpu bench-peers dashboards image clean
+.PHONY: serve test test-releases lint browser fuzz bench bench-gpu bench-peers dashboards image clean
 .DEFAULT_GOAL := serve
 
 serve: $(SERVE_STAMP)
@@ -41,6 +41,11 @@ test-releases: $(TEST_STAMP)
 		PYTHONPATH=$$folder $(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'; \
 		PYTHONPATH=$$folder $(BIN)/pytest -q tests/unit/server/test_engine_*.py; \
 	done
+
+# The page in a real browser; needs node, npm and chromium (Debian: chromium).
+browser: $(TEST_STAMP)
+	npm install --silent --no-save --no-package-lock --prefix build/browser playwright-core
+	$(BIN)/pytest tests/e2e/test_playground.py $(ARGS)
 
 fuzz: $(TEST_STAMP)
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-5000} $(BIN)/pytest --timeout 0 tests/unit/adapters/test_differential.py \
