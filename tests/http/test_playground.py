@@ -91,7 +91,7 @@ def test_ids_are_unique_and_every_reference_has_its_element(page: httpx.Response
         word for _, attributes, _ in tags for name in names for word in (attributes.get(name) or "").split()
     }
     named |= {(attributes.get("href") or "")[1:] for tag, attributes, _ in tags if tag == "use"}
-    named |= {word for word in re.findall(r'\bat\("([\w-]+)"\)', page.text)}
+    named |= set(re.findall(r'\bat\("([\w-]+)"\)', page.text))
     assert named - set(ids) == set()
     assert {id[2:] for id in ids if str(id).startswith("i-")} >= set(
         re.findall(r'\b(?:icon|tool)\("([a-z]+)"', page.text)
@@ -143,11 +143,7 @@ def test_the_map_has_who_can_be_routed_to_and_facts_belong_to_content(
         assert served.http.post("/v1/load_lora_adapter", json=loaded, headers=admin).status_code == 200
         body = served.http.get("/v1/experts").json()
         assert {point["id"] for point in body["map"]["experts"]} == {"code", "math"}
-        assert {one["id"]: one["routable"] for one in body["data"]} == {
-            "code": True,
-            "law": False,
-            "math": True,
-        }
+        assert [one["id"] for one in body["data"] if one["routable"]] == ["code", "math"]
         answer = served.http.post("/v1/route", json={"input": "law math", "map": True}).json()
         assert {point["id"] for point in answer["map"]["experts"]} == {"code", "math"}
         assert "prompt" in answer["map"]
