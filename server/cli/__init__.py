@@ -9,6 +9,7 @@ import typer
 
 from loramux.adapters.errors import AdapterError
 from loramux.router.errors import RouterError
+from loramux.server.cli.chat import chat
 from loramux.server.cli.config import config
 from loramux.server.cli.convert import convert
 from loramux.server.cli.evaluate import evaluate
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(route)
+app.command()(chat)
 app.command()(config)
 app.command()(evaluate)
 app.command()(convert)

@@ -13,7 +13,7 @@ _INLINE = re.compile(rb"<(script|style)>(.*?)</\1>", re.DOTALL)
 
 
 def policy(page: bytes) -> str:
-    """The content security policy of a page: its own inline script and style, by hash, and calls to this server.
+    """The content security policy of a page: its inline script and style, by hash, and calls to this server.
 
     Text of a model can become nothing but text: no string is ever made into markup or code (trusted types),
     no address is loaded, and nothing embeds the page. The one image is the icon in the page itself.
