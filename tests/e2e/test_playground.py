@@ -44,7 +44,11 @@ def missing() -> str | None:
 
 
 REASON = missing()
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(REASON is not None, reason=REASON or ""),
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +65,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             env={**os.environ, "NODE_PATH": MODULES},
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=800,
             check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
