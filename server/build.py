@@ -50,7 +50,6 @@ from loramux.server.memory.room import device_room, host_room
 from loramux.server.metrics import Metrics
 from loramux.server.parts import Parts
 from loramux.server.pipeline import Pipeline
-from loramux.server.pool.build_report import read_gains
 from loramux.server.pool.experts import measure_experts, read_experts
 from loramux.server.pool.facts import ExpertFacts, read_facts
 from loramux.server.pool.manifest import MANIFEST, Pool
@@ -128,9 +127,6 @@ def build(settings: Settings) -> Parts:
         adapter_root=settings.adapter_root or pool.root / "experts",
         fingerprint=fingerprint(pool),
         traces=traces,
-        gains={
-            experts[name].content_hash: gain for name, gain in read_gains(pool).items() if name in experts
-        },
         facts=read_facts(pool),
     )
 
@@ -152,17 +148,21 @@ def connect(
     adapter_root: Path,
     fingerprint: str,
     traces: Traces = NO_TRACES,
-    gains: Mapping[str, float] = MappingProxyType({}),
     facts: Mapping[str, ExpertFacts] = MappingProxyType({}),
 ) -> Parts:
     """The parts of a server around a residency, an engine and a router, whichever they are.
 
-    `gains`: what is known of the experts' worth, by content hash.
+    `facts`: what the pool says of its experts, by id.
     """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards, facts)
     prompts = Prompts(tokenizer, vocabulary, engine.max_context)
     lifecycle = Lifecycle()
+    gains = {
+        residency.experts[name].content_hash: fact.measured.gain
+        for name, fact in facts.items()
+        if name in residency.experts and fact.measured.gain is not None
+    }
     metrics.watch(
         routable=lambda: len(catalog.routed()),
         ready=lambda: lifecycle.phase is Phase.READY and engine.stats().dead is None,

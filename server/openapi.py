@@ -77,6 +77,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("get", "/v1/models"): Operation("What `model` may be", answers.ModelList),
     ("get", "/v1/models/{model}"): Operation("One model", answers.ModelCard, errors=(*_KEYED, 404)),
+    ("get", "/v1/experts"): Operation("What the experts are for and worth; their map", answers.ExpertList),
     ("post", "/v1/route"): Operation(
         "The router's whole decision; nothing is generated",
         answers.Decision,
@@ -120,7 +121,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("get", "/health"): Operation("Whether the process lives", answers.Status, errors=(503,), open=True),
     ("get", "/ready"): Operation("Whether it takes work", answers.Status, errors=(503,), open=True),
     ("get", "/metrics"): Operation("Metrics for Prometheus", "text/plain", open=True),
-    ("get", "/"): Operation("A page to try it", "text/html", errors=(), open=True),
+    ("get", "/"): Operation("The page", "text/html", errors=(), open=True),
     ("get", PATH): Operation("This document", {"type": "object"}, errors=(), open=True),
     ("get", DOCS): Operation("This document as a page", "text/html", errors=(), open=True),
 }

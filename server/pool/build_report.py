@@ -55,17 +55,26 @@ class BuildReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
-    """What is read back of an expert's line, whatever else it says."""
+class ReadLine:
+    """What is read back of an expert's line, whatever else it says; in the units of `ExpertLine`."""
 
     id: str
+    held_out_rows: int | None = None
     base_loss: float | None = None
     expert_loss: float | None = None
+    routed: float | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """How much less than the base it loses, in nats per answer token; None where one was not measured."""
+        if self.base_loss is None or self.expert_loss is None:
+            return None
+        return self.base_loss - self.expert_loss
 
 
 @dataclass(frozen=True, slots=True)
 class _Lines:
-    experts: tuple[_Line, ...]
+    experts: tuple[ReadLine, ...]
 
 
 _LINES = TypeAdapter(_Lines)
@@ -76,9 +85,8 @@ def write_report(report: BuildReport, folder: Path) -> None:
     (folder / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
 
 
-def read_gains(pool: Pool) -> dict[str, float]:
-    """How much less than the base each expert loses on held-out rows of its own cluster, in nats per answer
-    token; none for an expert without such rows, or a pool without a report.
+def read_lines(pool: Pool) -> dict[str, ReadLine]:
+    """What a pool's report says of its experts, by id; nothing where there is no report.
 
     Raises:
         PoolError: `report.json` is not what a build writes.
@@ -90,11 +98,7 @@ def read_gains(pool: Pool) -> dict[str, float]:
         return {}
     except (OSError, ValidationError) as error:
         raise PoolError(f"{file}: {str(error).splitlines()[0]}; build the pool again or delete it") from None
-    return {
-        line.id: line.base_loss - line.expert_loss
-        for line in lines
-        if line.base_loss is not None and line.expert_loss is not None
-    }
+    return {line.id: line for line in lines}
 
 
 def print_report(report: BuildReport, console: Console | None = None) -> None:

@@ -233,6 +233,53 @@ class ModelList(TypedDict):
     data: list[ModelCard]
 
 
+class Expert(TypedDict):
+    """What an expert is for and worth; losses are nats per answer token on held-out rows of its own kind."""
+
+    id: str
+    description: str
+    top_terms: list[str]
+    examples: list[str]
+    rows: int
+    held_out_rows: int | None
+    base_loss: float | None
+    expert_loss: float | None
+    gain: float | None
+    routed: float | None
+    routable: bool
+    route_from: NotRequired[Literal["pool", "examples"]]
+
+
+class Place(TypedDict):
+    """Where something lies on the map."""
+
+    x: float
+    y: float
+
+
+class ExpertPlace(Place):
+    """Where an expert's centroid lies on the map."""
+
+    id: str
+
+
+class ExpertMap(TypedDict):
+    """Centroids on their first two principal components, and the share of variance that each shows."""
+
+    explained: list[float]
+    experts: list[ExpertPlace]
+    prompt: NotRequired[Place]
+
+
+class ExpertList(TypedDict):
+    """The experts, and the map of those that can be routed to."""
+
+    object: Literal["list"]
+    base: str
+    data: list[Expert]
+    map: ExpertMap
+
+
 class Decision(TypedDict):
     """The router's whole decision."""
 
@@ -247,6 +294,7 @@ class Decision(TypedDict):
     margin: float | None
     entropy: float | None
     reason: str
+    map: NotRequired[ExpertMap]
 
 
 class Tokenized(TypedDict):

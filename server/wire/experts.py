@@ -4,17 +4,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 
-class Facts(Protocol):
-    """What a pool says about an expert."""
+class Measured(Protocol):
+    """The line of a report; losses are nats per answer token."""
 
-    @property
-    def description(self) -> str: ...
-    @property
-    def top_terms(self) -> tuple[str, ...]: ...
-    @property
-    def examples(self) -> tuple[str, ...]: ...
-    @property
-    def rows(self) -> int: ...
     @property
     def held_out_rows(self) -> int | None: ...
     @property
@@ -27,6 +19,21 @@ class Facts(Protocol):
     def routed(self) -> float | None: ...
 
 
+class Facts(Protocol):
+    """What a pool says about an expert."""
+
+    @property
+    def description(self) -> str: ...
+    @property
+    def top_terms(self) -> tuple[str, ...]: ...
+    @property
+    def examples(self) -> tuple[str, ...]: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def measured(self) -> Measured: ...
+
+
 def expert_card(name: str, facts: Facts, route: Mapping[str, object]) -> dict[str, Any]:
     """One expert: the pool's words and measurements, and whether `auto` can choose it."""
     return {
@@ -35,11 +42,11 @@ def expert_card(name: str, facts: Facts, route: Mapping[str, object]) -> dict[st
         "top_terms": list(facts.top_terms),
         "examples": list(facts.examples),
         "rows": facts.rows,
-        "held_out_rows": facts.held_out_rows,
-        "base_loss": facts.base_loss,
-        "expert_loss": facts.expert_loss,
-        "gain": facts.gain,
-        "routed": facts.routed,
+        "held_out_rows": facts.measured.held_out_rows,
+        "base_loss": facts.measured.base_loss,
+        "expert_loss": facts.measured.expert_loss,
+        "gain": facts.measured.gain,
+        "routed": facts.measured.routed,
         **route,
     }
 

@@ -255,8 +255,8 @@ const checks = {
     await page.click("#side a[href='#experts']");
     const rows = await texts(page, "#experts-table tbody tr");
     assert.equal(rows.length, data.length);
-    const gains = [...data].sort((a, b) => b.gain - a.gain);
-    gains.forEach((one, place) => assert.ok(rows[place].includes(one.id) && rows[place].includes((one.gain * 100).toFixed(1) + " %") && rows[place].includes(one.rows.toLocaleString("en")), rows[place]));
+    const gains = [...data].map(one => ({ ...one, worth: 1 - one.expert_loss / one.base_loss })).sort((a, b) => b.worth - a.worth);
+    gains.forEach((one, place) => assert.ok(rows[place].includes(one.id) && rows[place].includes((one.worth * 100).toFixed(1) + " %") && rows[place].includes(one.rows.toLocaleString("en")), rows[place]));
     await page.click("#sort-id");
     assert.equal(await page.getAttribute("#experts-table th[aria-sort]", "aria-sort"), "ascending");
     assert.ok((await texts(page, "#experts-table tbody tr"))[0].startsWith(data[0].id));
