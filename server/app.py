@@ -31,6 +31,7 @@ from loramux.server.routes.metrics import metrics_routes
 from loramux.server.routes.models import model_routes
 from loramux.server.routes.playground import playground_routes
 from loramux.server.routes.reference import reference_routes
+from loramux.server.routes.responses import response_routes
 from loramux.server.routes.route import route_routes
 from loramux.server.routes.tokens import token_routes
 
@@ -40,6 +41,7 @@ ROUTE_GROUPS: tuple[Callable[[Parts], APIRouter], ...] = (
     chat_routes,
     completion_routes,
     embedding_routes,
+    response_routes,
     model_routes,
     expert_routes,
     route_routes,

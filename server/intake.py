@@ -14,6 +14,7 @@ from loramux.server.wire.chat import ChatRequest
 from loramux.server.wire.completions import CompletionRequest
 from loramux.server.wire.generation import GenerationFields
 from loramux.server.wire.messages import Message
+from loramux.server.wire.responses import ResponseRequest
 from loramux.server.wire.structured import Structure
 
 COMPLETION_TOKENS = 16
@@ -28,15 +29,30 @@ class Intake:
         self._grammars = grammars
 
     async def chat(self, request: ChatRequest) -> Ask:
-        """Raises `RequestError` when the model, a token id or the context does not fit."""
+        """Raises `RequestError` when the model, a token id, the template or the context does not fit."""
         self._check(request)
-        tokens = await self._prompts.chat([message.turn for message in request.messages])
+        variables = self._prompts.variables(request.chat_template_kwargs or {}, request.reasoning_effort)
+        tokens = await self._prompts.chat([message.turn for message in request.messages], variables=variables)
         asked = request.max_completion_tokens or request.max_tokens
         text = routing_text(request.messages)
         limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         prompt = Prompt(text, tokens, self._prompts.room(len(tokens), asked, "messages", limit=limit))
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return self._ask(request, (prompt,), text, logprobs, grammar=await self._grammar(request.structure))
+
+    async def response(self, request: ResponseRequest) -> Ask:
+        """Raises `RequestError` when the model, a token id, the template or the context does not fit."""
+        self._check(request)
+        effort = None if request.reasoning is None else request.reasoning.effort
+        variables = self._prompts.variables({}, effort, "reasoning.effort")
+        messages = request.messages
+        tokens = await self._prompts.chat(
+            [message.turn for message in messages], variables=variables, param="input"
+        )
+        room = self._prompts.room(len(tokens), request.max_output_tokens, "input", limit="max_output_tokens")
+        text = routing_text(messages)
+        logprobs = (request.top_logprobs or 0) if request.logprobs_wanted else None
+        return self._ask(request, (Prompt(text, tokens, room),), text, logprobs)
 
     async def completion(self, request: CompletionRequest) -> Ask:
         """Raises `RequestError` when the model, a token id or the context does not fit."""

@@ -7,11 +7,12 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from loramux.server.wire import answers
+from loramux.server.wire import answers, response_answers
 from loramux.server.wire.admin import LoadAdapterRequest, UnloadAdapterRequest
 from loramux.server.wire.chat import ChatRequest
 from loramux.server.wire.completions import CompletionRequest
 from loramux.server.wire.embeddings import EmbeddingsRequest
+from loramux.server.wire.responses import ResponseRequest
 from loramux.server.wire.route import RouteRequest
 from loramux.server.wire.strict import StrictModel
 from loramux.server.wire.tokenize import DetokenizeRequest, TokenizeRequest
@@ -74,6 +75,14 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         EmbeddingsRequest,
         {"model": "auto", "input": ["Why was my card payment declined?"]},
         errors=(*_OF_BODIES, 404),
+    ),
+    ("post", "/v1/responses"): Operation(
+        "A response to a text or a conversation, streamed or whole; nothing is stored",
+        response_answers.Response,
+        ResponseRequest,
+        {"model": "auto", "input": _ASK[0]["content"], "max_output_tokens": 40, "temperature": 0},
+        chunk=response_answers.ResponseEvent,
+        errors=_GENERATING,
     ),
     ("get", "/v1/models"): Operation("What `model` may be", answers.ModelList),
     ("get", "/v1/models/{model}"): Operation("One model", answers.ModelCard, errors=(*_KEYED, 404)),

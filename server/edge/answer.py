@@ -1,7 +1,7 @@
 """Answers that end the work behind them when the client leaves: one JSON body, or server-sent events."""
 
 import logging
-from collections.abc import AsyncGenerator, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -10,7 +10,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from loramux.server.edge.disconnect import ClientGone, while_connected
-from loramux.server.edge.failures import describe
+from loramux.server.edge.failures import ErrorAnswer, describe
 from loramux.server.wire.strict import encode_json
 
 log = logging.getLogger("loramux")
@@ -45,6 +45,18 @@ class StreamedAnswer(Response):
         super().__init__()
         self._events = events
 
+    def event(self, body: Mapping[str, Any]) -> bytes:
+        """One object as an event."""
+        return b"data: " + encode_json(body) + b"\n\n"
+
+    def failure(self, answer: ErrorAnswer) -> bytes:
+        """The last event of a stream that failed."""
+        return b"data: " + answer.encode() + b"\n\n"
+
+    def end(self) -> bytes:
+        """The last event of one that did not."""
+        return b"data: [DONE]\n\n"
+
     async def __call__(
         self,
         scope: Scope,  # noqa: ARG002
@@ -64,16 +76,37 @@ class StreamedAnswer(Response):
                     if not started:
                         await _start(send, headers)
                         started = True
-                    await _chunk(send, b"data: " + encode_json(body) + b"\n\n")
+                    await _chunk(send, self.event(body))
         except Exception as error:
             if not started:
                 raise
             answer = describe(error)
             if answer.status == 500:
                 log.error("a stream failed after its first byte", exc_info=error)
-            await _chunk(send, b"data: " + answer.encode() + b"\n\n", more=False)
+            await _chunk(send, self.failure(answer), more=False)
         else:
-            await _chunk(send, b"data: [DONE]\n\n", more=False)
+            await _chunk(send, self.end(), more=False)
+
+
+class NamedEvents(StreamedAnswer):
+    """Events with their `type` as name, and no word after the last. `failed` makes one of a failure."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[tuple[Mapping[str, Any], Mapping[str, str]]],
+        failed: Callable[[ErrorAnswer], Mapping[str, Any]],
+    ) -> None:
+        super().__init__(events)
+        self._failed = failed
+
+    def event(self, body: Mapping[str, Any]) -> bytes:
+        return f"event: {body['type']}\n".encode() + super().event(body)
+
+    def failure(self, answer: ErrorAnswer) -> bytes:
+        return self.event(self._failed(answer))
+
+    def end(self) -> bytes:
+        return b""
 
 
 async def _start(send: Send, extra: Mapping[str, str]) -> None:

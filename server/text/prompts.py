@@ -4,14 +4,17 @@ import asyncio
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import jinja2
 
 from loramux.server.errors import RequestError
+from loramux.server.text.template import EFFORT, Value, variables
 from loramux.server.text.vocabulary import Vocabulary
 
 INLINE_CHARACTERS = 16_384
+NO_VARIABLES: Mapping[str, Value] = MappingProxyType({})
 
 Result = TypeVar("Result")
 #: (role, content), or (role, content, name).
@@ -62,7 +65,14 @@ class Prompts:
 
         return await self._run(encode, len(text))
 
-    async def chat(self, messages: Sequence[Turn], *, add_generation_prompt: bool = True) -> tuple[int, ...]:
+    async def chat(
+        self,
+        messages: Sequence[Turn],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Value] = NO_VARIABLES,
+        param: str = "messages",
+    ) -> tuple[int, ...]:
         """Token ids of a chat through the base's template, which sees a name where a turn has one.
 
         Control tokens that a client writes into a message are tokenized as ordinary text: only the template
@@ -79,7 +89,7 @@ class Prompts:
             for role, content, *name in messages
         ]
         length = sum(len(turn["content"]) for turn in conversation)
-        self._refuse_hopeless("".join(turn["content"] for turn in conversation), "messages")
+        self._refuse_hopeless("".join(turn["content"] for turn in conversation), param)
 
         def render(tokenizer: ChatTokenizer) -> tuple[int, ...]:
             try:
@@ -88,17 +98,31 @@ class Prompts:
                     add_generation_prompt=add_generation_prompt,
                     sanitize_control_tokens=True,
                     return_dict=False,
+                    **variables,
                 )
             except jinja2.TemplateError as error:
                 problem = f"the chat template refused the messages: {error}"
-                raise RequestError(problem, param="messages", code="template_error") from None
+                raise RequestError(problem, param=param, code="template_error") from None
             except Exception as error:
                 # A template is a small program, which may raise any of Python's errors about these messages.
                 problem = f"the chat template cannot render the messages: {type(error).__name__}: {error}"
-                raise RequestError(problem, param="messages", code="template_error") from None
+                raise RequestError(problem, param=param, code="template_error") from None
             return tuple(ids)
 
         return await self._run(render, length)
+
+    def variables(
+        self, kwargs: Mapping[str, Value], effort: str | None, effort_param: str = EFFORT
+    ) -> dict[str, Value]:
+        """What the client gives the template beside the messages; see `template.variables`.
+
+        Raises:
+            RequestError: the template does not read it.
+        """
+        if not kwargs and effort is None:
+            return {}
+        tokenizer = self._tokenizer
+        return variables(tokenizer.chat_template, tokenizer.apply_chat_template, kwargs, effort, effort_param)
 
     async def detokenize(self, tokens: Sequence[int]) -> str:
         """Token ids back to text, special tokens by name.

@@ -4,7 +4,8 @@ from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from loramux.server.wire.generation import GenerationFields
+from loramux.server.text.template import Value
+from loramux.server.wire.generation import Effort, GenerationFields
 from loramux.server.wire.messages import Messages
 from loramux.server.wire.strict import at_most, field_error, limits_of
 
@@ -16,13 +17,23 @@ class ChatRequest(GenerationFields):
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0)
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: dict[str, Value] | None = Field(None, max_length=32)
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = GenerationFields.UNSUPPORTED | {"echo"}
+    UNSUPPORTED: ClassVar[frozenset[str]] = GenerationFields.UNSUPPORTED - {"reasoning_effort"} | {"echo"}
 
     @field_validator("top_logprobs")
     @classmethod
     def _top(cls, value: int | None, info: ValidationInfo) -> int | None:
         return at_most(value, limits_of(info).max_top_logprobs)
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _short(cls, value: dict[str, Value] | None) -> dict[str, Value] | None:
+        for name, item in (value or {}).items():
+            if isinstance(item, str) and len(item) > 1024:
+                raise field_error(f"chat_template_kwargs.{name[:100]}", "has more than 1024 characters")
+        return value
 
     @model_validator(mode="after")
     def _chat_consistent(self) -> Self:

@@ -17,6 +17,7 @@ from loramux.server.wire.structured import StructuredFields
 
 INT64 = 2**63
 ARROW = "arrow"
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 _TEXT = {"type": "string", "minLength": 1}

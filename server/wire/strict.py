@@ -24,6 +24,7 @@ MAX_TOKENS = 2**31 - 1
 NESTED_UNSUPPORTED = frozenset(
     {"tool_calls", "tool_call_id", "function_call", "audio", "refusal", "annotations"}
 )
+_NAMED = NESTED_UNSUPPORTED | {"summary", "generate_summary"}
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 # Made once: json.dumps would make one for every chunk of every stream.
@@ -80,7 +81,7 @@ _LABELS = {"metadata": dict, "prompt_cache_key": str, "safety_identifier": str, 
 _DEFAULTS: dict[str, tuple[object, ...]] = {
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "store": (False,), "service_tier": ("auto", "default"), "best_of": (1,), "modalities": (["text"],),
-    "suffix": ("",), "echo": (False,),
+    "suffix": ("",), "echo": (False,), "background": (False,), "reasoning_effort": ("none",),
 }  # fmt: skip
 
 
@@ -160,7 +161,7 @@ def _request_error(error: ValidationError) -> RequestError:
     if isinstance(cause, _FieldError):
         return RequestError(f"{cause.param} {cause}", param=cause.param, code="invalid_value")
     param = _path(first["loc"])
-    if first["type"] == "extra_forbidden" and first["loc"][-1] in NESTED_UNSUPPORTED:
+    if first["type"] == "extra_forbidden" and first["loc"][-1] in _NAMED:
         return RequestError(f"{param} is not supported by this server", param=param, code="unsupported_field")
     if first["type"] == "extra_forbidden":
         return RequestError(f"unknown field {param}", param=param, code="unknown_field")

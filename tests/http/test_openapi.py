@@ -14,9 +14,15 @@ from loramux.server.openapi import OPERATIONS
 from tests.http.serving import BASE, Served, serving, sparse_model
 
 ADMIN = {"authorization": "Bearer admin"}
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 ASK: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content": "law math"}]}
 PROMPT: dict[str, Any] = {"model": "auto", "prompt": "law math"}
+
+INPUT: dict[str, Any] = {"model": "auto", "input": "law math"}
+TURNS: list[Any] = [
+    {"role": "user", "content": [{"type": "input_text", "text": "law"}]},
+    {"type": "message", "role": "assistant", "content": "yes", "id": "msg_1", "status": "completed"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +84,10 @@ REQUESTS: list[tuple[str, str, dict[str, Any] | None, int]] = [
     ("post", CHAT, {**ASK, "model": "nobody"}, 404),
     ("post", COMPLETIONS, {**PROMPT, "echo": True, "logprobs": 1, "max_tokens": 2}, 200),
     ("post", COMPLETIONS, {**PROMPT, "prompt": [[5, 6], "law"]}, 200),
+    ("post", RESPONSES, INPUT, 200),
+    ("post", RESPONSES, {**INPUT, "input": TURNS, "max_output_tokens": 3, "instructions": "Be kind."}, 200),
+    ("post", RESPONSES, {**INPUT, "include": ["message.output_text.logprobs"], "top_logprobs": 2}, 200),
+    ("post", RESPONSES, {**INPUT, "metadata": {"a": "b"}, "store": False, "tools": [], "text": {}}, 200),
     ("post", "/v1/route", {"input": "law"}, 200),
     ("post", "/v1/route", {"messages": ASK["messages"], "routing": {"top_m": 1}}, 200),
     ("post", "/tokenize", {"prompt": "the", "return_token_strs": True}, 200),
@@ -107,21 +117,38 @@ def test_requests_and_answers_are_as_it_says(served: Served, document: dict[str,
         )
 
 
-@pytest.mark.parametrize(("path", "body"), [(CHAT, ASK), (COMPLETIONS, PROMPT)])
+@pytest.mark.parametrize(("path", "body"), [(CHAT, ASK), (COMPLETIONS, PROMPT), (RESPONSES, INPUT)])
 def test_the_events_of_a_stream_are_as_it_says(
     served: Served, document: dict[str, Any], path: str, body: dict[str, Any]
 ) -> None:
-    asked = {**body, "stream": True, "stream_options": {"include_usage": True}, "n": 2}
-    asked["logprobs"] = True if path == CHAT else 1
+    asked = {**body, "stream": True}
+    if path == RESPONSES:
+        asked |= {"include": ["message.output_text.logprobs"]}
+    else:
+        asked |= {"stream_options": {"include_usage": True}, "n": 2, "logprobs": True if path == CHAT else 1}
     schema = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
-    lines = [line[6:] for line in served.http.post(path, json=asked).text.splitlines() if line]
-    assert lines.pop() == "[DONE]"
+    text = served.http.post(path, json=asked).text
+    lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    assert len(lines) > 5
+    if path != RESPONSES:
+        assert lines.pop() == "[DONE]"
     for line in lines:
         check(document, schema["x-event-schema"], json.loads(line))
 
 
 def test_a_request_that_is_refused_is_not_one_of_it(served: Served, document: dict[str, Any]) -> None:
     schema = document["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    for wrong_input in (
+        {"input": []},
+        {"input": [{"role": "user"}]},
+        {"input": 3},
+        {"store": True},
+        {"n": 1.5},
+    ):
+        responses = document["paths"][RESPONSES]["post"]["requestBody"]["content"]["application/json"]
+        with pytest.raises(ValidationError):
+            check(document, responses["schema"], {**INPUT, **wrong_input})
+        assert served.http.post(RESPONSES, json={**INPUT, **wrong_input}).status_code == 400
     wrong = (
         {"stop": 3}, {"temperature": 2.5}, {"store": True}, {"nothing": 1}, {"messages": []}, {"n": 0},
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, {"metadata": 7},
@@ -137,7 +164,7 @@ def test_a_request_that_is_refused_is_not_one_of_it(served: Served, document: di
 
 
 def test_the_examples_are_served(served: Served, document: dict[str, Any]) -> None:
-    for path in (CHAT, COMPLETIONS, "/v1/route", "/tokenize", "/detokenize"):
+    for path in (CHAT, COMPLETIONS, RESPONSES, "/v1/route", "/tokenize", "/detokenize"):
         body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
         check(document, body["schema"], body["example"])
         assert served.http.post(path, json=body["example"]).status_code == 200

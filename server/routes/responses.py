@@ -1,0 +1,28 @@
+"""`POST /v1/responses`."""
+
+from fastapi import APIRouter, Request, Response
+
+from loramux.server.edge.answer import NamedEvents, WorkedAnswer
+from loramux.server.edge.body import read_json
+from loramux.server.parts import Parts
+from loramux.server.render.responses import ResponseRenderer
+from loramux.server.wire.responses import ResponseRequest
+from loramux.server.wire.strict import parse
+
+
+def response_routes(parts: Parts) -> APIRouter:
+    """The route."""
+    router = APIRouter()
+    limits = parts.settings.limits
+
+    @router.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        asked = parse(ResponseRequest, await read_json(request, limits.max_body_bytes), limits)
+        ask = await parts.intake.response(asked)
+        renderer = ResponseRenderer(asked, parts.vocabulary)
+        events = parts.pipeline.run(ask)
+        if asked.stream:
+            return NamedEvents(renderer.events(events), renderer.failed)
+        return WorkedAnswer(renderer.whole(events))
+
+    return router
