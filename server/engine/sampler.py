@@ -11,12 +11,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loramux.server.engine.masks import Masks
-from loramux.server.engine.protocol import Sampling, TokenScore
+from loramux.server.engine.protocol import LEAST_TEMPERATURE, Sampling, TokenScore
 from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence
 
-# Below this a temperature is the limit towards 0: in float32 it would underflow, or its quotients overflow.
-LEAST_TEMPERATURE = 1e-5
 # How often a token is drawn that may prove to lie outside of top-p, before the row is sorted.
 ATTEMPTS = 8
 # Tokens that are summed first, before the sums are summed.

@@ -27,12 +27,13 @@ class ChatRequest(GenerationFields):
     def _top(cls, value: int | None, info: ValidationInfo) -> int | None:
         return at_most(value, limits_of(info).max_top_logprobs)
 
-    @field_validator("chat_template_kwargs")
+    @field_validator("chat_template_kwargs", mode="before")
     @classmethod
-    def _short(cls, value: dict[str, Value] | None) -> dict[str, Value] | None:
-        for name, item in (value or {}).items():
-            if isinstance(item, str) and len(item) > 1024:
-                raise field_error(f"chat_template_kwargs.{name[:100]}", "has more than 1024 characters")
+    def _plain(cls, value: object) -> object:
+        for name, item in value.items() if isinstance(value, dict) else ():
+            if not isinstance(item, Value) or (isinstance(item, str) and len(item) > 1024):
+                at = f"chat_template_kwargs.{name[:100]}"
+                raise field_error(at, "must be true, false, a number or a string of at most 1024 characters")
         return value
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
+from loramux.server.engine.protocol import LEAST_TEMPERATURE
 from loramux.server.wire.strict import (
     MAX_TOKENS,
     StrictModel,
@@ -22,6 +23,10 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 _TEXT = {"type": "string", "minLength": 1}
 _STOP = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}
+_TEMPERATURE = {
+    "anyOf": [{"const": 0}, {"type": "number", "minimum": LEAST_TEMPERATURE, "maximum": 2}],
+    "default": 1.0,
+}
 
 
 class StreamOptions(StrictModel):
@@ -77,7 +82,7 @@ class GenerationFields(StructuredFields):
 
     model: str = Field(min_length=1, max_length=256)
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    temperature: float = Field(1.0, ge=0, le=2)
+    temperature: Annotated[float, WithJsonSchema(_TEMPERATURE)] = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=-1, le=MAX_TOKENS)
     min_p: float = Field(0.0, ge=0, le=1)
@@ -104,6 +109,13 @@ class GenerationFields(StructuredFields):
             "tools", "verbosity", "web_search_options",
         }
     )  # fmt: skip
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, value: float) -> float:
+        if 0 < value < LEAST_TEMPERATURE:
+            raise ValueError(f"must be 0, or at least {LEAST_TEMPERATURE:.5f}: less cannot divide")
+        return value
 
     @field_validator("n")
     @classmethod

@@ -17,6 +17,7 @@ from pydantic_core import CoreSchema
 
 from loramux.server.errors import RequestError
 from loramux.server.settings import Limits
+from loramux.server.wire.wording import worded
 
 MAX_TOKENS = 2**31 - 1
 
@@ -167,8 +168,7 @@ def _request_error(error: ValidationError) -> RequestError:
         return RequestError(f"unknown field {param}", param=param, code="unknown_field")
     if first["type"] == "missing":
         return RequestError(f"{param} is required", param=param, code="missing_field")
-    detail = str(cause) if isinstance(cause, ValueError) else first["msg"]
-    return RequestError(f"{param}: {detail}", param=param, code="invalid_value")
+    return RequestError(f"{param}: {worded(first)}", param=param, code="invalid_value")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
