@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+#: Values that are packed at a time.
+_PIECE = 2**19
 #: Values of a block; rows are filled up with zeros to a multiple of it.
 BLOCK = 32
 
@@ -90,18 +92,26 @@ def pack(weight: Tensor, kind: Kind) -> Packed:
     """Store a matrix [rows, columns] of any floating type.
 
     `BF16` of a bfloat16 matrix and `F16` of a float16 one whose rows are whole blocks keep its memory. 4 and
-    8 bits are rounded to the nearest.
+    8 bits are rounded to the nearest, some rows at a time: beside a large matrix there is no copy in float32.
     """
     rows, columns = weight.shape
     if kind in (Kind.BF16, Kind.F16):
         halves = _filled(weight.to(torch.bfloat16 if kind is Kind.BF16 else torch.float16))
         return Packed(kind, columns, halves.contiguous().view(torch.uint8))
-    if kind is Kind.INT8:
-        scales = _or_one(weight.float().abs().amax(1) / 127)
-        numbers = (_filled(weight.float()) / scales[:, None]).round_().to(torch.int8)
-        return Packed(kind, columns, numbers.view(torch.uint8), scales)
-    blocks = _filled(weight.float()).view(rows, -1, BLOCK)
-    return Packed(kind, columns, _PACK[kind](blocks).reshape(rows, -1).contiguous())
+    data = torch.empty(rows, -(-columns // BLOCK) * kind.block_bytes, dtype=torch.uint8)
+    scales = torch.empty(rows) if kind is Kind.INT8 else None
+    step = max(1, _PIECE // columns)
+    for first in range(0, rows, step):
+        piece = slice(first, first + step)
+        values = _filled(weight[piece].float())
+        if scales is not None:
+            scales[piece] = _or_one(values.abs().amax(1) / 127)
+            numbers = (values / scales[piece, None]).round_().to(torch.int8)
+            data[piece] = numbers.view(torch.uint8)
+        else:
+            blocks = values.view(values.shape[0], -1, BLOCK)
+            data[piece] = _PACK[kind](blocks).flatten(1)
+    return Packed(kind, columns, data, scales)
 
 
 @torch.no_grad()

@@ -121,6 +121,14 @@ def test_rounding_is_as_fine_as_the_kind(kind: Kind) -> None:
     assert packed.data.nbytes + scales == kind.nbytes(64, 320)
 
 
+@pytest.mark.parametrize("kind", Kind)
+def test_packing_by_pieces_changes_nothing(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(23, 70)
+    whole = unpack(pack(weight, kind))
+    monkeypatch.setattr("loramux.kernels.packed_linear.kinds._PIECE", 200)
+    assert torch.equal(unpack(pack(weight, kind)), whole)
+
+
 def test_bfloat16_keeps_its_memory() -> None:
     weight = torch.randn(4, 64).bfloat16()
     assert pack(weight, Kind.BF16).data.data_ptr() == weight.data_ptr()
