@@ -62,6 +62,11 @@ class BaseFiles:
         return base
 
     @property
+    def is_packaged(self) -> bool:
+        """Whether it was named by a package that brings it."""
+        return self.gguf is not None and not Path(self.given).exists()
+
+    @property
     def hash(self) -> str:
         """Tells bases apart. A GGUF file and the folder made from it have the same."""
         from loramux.adapters.training.expert import base_hash

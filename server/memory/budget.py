@@ -334,7 +334,9 @@ class _Planner:
         rows = wish.slot_bytes // self.unit(wish.factors)
         kind = wish.quantization
         if kind == "none":
-            kind = str(wish.kinds.linear) if wish.kinds is not None else self.target.dtype_name
+            kind = self.target.dtype_name if wish.kinds is None else str(wish.kinds.linear)
+            if wish.kinds is not None and wish.kinds.given:
+                kind = "as they lie in the file"
         return Budget(
             device=self.device,
             host=None if self.one_memory else self.host,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loramux.adapters.adapter_files import CONFIG_FILE, TENSOR_FILE
 from loramux.router.encoder_place import EncoderPlace
+from loramux.router.packages import module_name, requirement
 from loramux.router.state import RouterState
 from loramux.router.store import save_router
 from loramux.server.base_files import BaseFiles
@@ -94,7 +95,10 @@ class Assembly:
     def put_base(self, base: BaseFiles, id: str, *, copy: bool) -> BaseEntry:
         """The base's entry; with `copy`, a folder or file comes into the pool, else its place is recorded."""
         return BaseEntry(
-            id, self._base_path(base, copy=copy), f"sha256:{base.content}" if base.content else None
+            id,
+            self._base_path(base, copy=copy),
+            hash=f"sha256:{base.content}" if base.content else None,
+            wheel=requirement(module_name(base.given)) if base.is_packaged else None,
         )
 
     def put_router(self, state: RouterState, encoder: EncoderPlace) -> RouterEntry:
@@ -131,7 +135,7 @@ class Assembly:
             shutil.rmtree(old)
 
     def _base_path(self, base: BaseFiles, *, copy: bool) -> str:
-        if base.gguf is not None and not Path(base.given).exists():
+        if base.is_packaged:
             return base.given  # a package, which is there under its name wherever it is installed
         place = EncoderPlace.find(base.folder)
         if place.hub_id is not None:

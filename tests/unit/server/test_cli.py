@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from loramux.server import cli
-from loramux.server.cli.serve import DEMO_QUESTION, ready_line
+from loramux.server.cli.serve import DEFAULT_QUESTION, ready_line
 from loramux.server.pool.routing import load_pool_router, open_pool
 from loramux.server.settings import load_settings
 
@@ -98,12 +98,12 @@ def test_the_makefile_and_ci_agree() -> None:
     assert "make test" in (root / ".ci" / "run").read_text()
 
 
-def test_the_ready_line_of_the_demo_pool_asks_what_an_expert_is_for() -> None:
-    line = ready_line("http://127.0.0.1:8000", DEMO_QUESTION, needs_key=False)
+def test_the_ready_line_of_the_pool_that_ships_asks_what_an_expert_is_for() -> None:
+    line = ready_line("http://127.0.0.1:8000", DEFAULT_QUESTION, needs_key=False)
     body = json.loads(line.partition(" -d '")[2].rstrip("'"))
     assert body["temperature"] == 0
     settings = load_settings()
     router = load_pool_router(settings, open_pool(settings))
     [decision] = router.decide([body["messages"][0]["content"]])
     assert not decision.fallback
-    assert decision.experts[0].id == "select-table"
+    assert decision.experts[0].id == "sql"

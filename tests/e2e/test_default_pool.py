@@ -1,0 +1,88 @@
+"""The pool that ships: what a stranger sees after `make serve`, and whether it is true."""
+
+import json
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from loramux.server.pool.manifest import read_pool
+from loramux.server.settings import DEFAULT_POOL
+from tests.e2e.conftest import COMMAND, Server, serving
+from tests.e2e.test_readme import README, blocks
+
+BASE = "SmolLM2-135M-Instruct"
+#: What users say, the expert that is for it, and what it answers.
+ANSWERS = {
+    "Why was my card payment declined?": ("banking-intent", "declined card payment"),
+    "What is the total number of wins when the team is Arsenal?": (
+        "sql",
+        'SELECT COUNT WINS FROM TABLE WHERE TEAM = "arsenal";',
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving("--pool", str(DEFAULT_POOL), "--set", "engine.kv_tokens=8192") as running:
+        yield running
+
+
+def ask(server: Server, text: str, model: str = "auto", tokens: int = 24) -> Any:
+    messages = [{"role": "user", "content": text}]
+    return server.post(
+        "/v1/chat/completions", model=model, messages=messages, max_tokens=tokens, temperature=0
+    )
+
+
+def said(answer: Any) -> str:
+    content: str = answer["choices"][0]["message"]["content"]
+    return content
+
+
+def test_the_pool_is_sound() -> None:
+    done = subprocess.run(
+        [*COMMAND, "pool", "check", str(DEFAULT_POOL)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("text", ANSWERS)
+def test_an_expert_answers_what_the_base_cannot(server: Server, text: str) -> None:
+    expert, expected = ANSWERS[text]
+    routed = ask(server, text)
+    assert routed["loramux"]["route"]["experts"][0]["id"] == expert
+    assert said(routed) == expected
+    assert said(ask(server, text, BASE)) != expected
+
+
+def test_the_base_answers_what_no_expert_is_for(server: Server) -> None:
+    answer = ask(server, "hello")
+    assert answer["loramux"]["route"]["fallback"]
+    assert said(answer) == "Hello! How can I assist you today?"
+    assert "Paris" in said(ask(server, "What is the capital of France?", BASE))
+
+
+def test_what_the_readme_shows_is_what_comes(server: Server) -> None:
+    command = next(block for block in blocks("bash") if "curl" in block)
+    body = json.loads(command[command.index("-d '") + 4 : command.rindex("'")])
+    assert f"    {said(server.post('/v1/chat/completions', **body))}\n" in README
+
+
+def test_every_expert_is_worth_its_place(server: Server) -> None:
+    """As the build measured it: 15 percent of the base's loss at least, on rows that it never saw."""
+    report = json.loads((DEFAULT_POOL / "report.json").read_text())
+    assert len(report["experts"]) == len(read_pool(DEFAULT_POOL).manifest.experts) == 10
+    for line in report["experts"]:
+        assert line["expert_loss"] < 0.85 * line["base_loss"], line["id"]
+
+
+def test_the_weights_stay_in_4_bits(server: Server) -> None:
+    """A gigabyte would be a base in float32 beside what torch itself takes."""
+    assert psutil.Process(server.process.pid).memory_info().rss < 1.1e9
