@@ -48,7 +48,12 @@ def _print_routing(evaluation: Evaluation, console: Console) -> None:
     names = columns(evaluation)
     confusion = Table(title=f"First choice, {table.strategy}: rows are texts, columns the expert's domain")
     for heading in ("domain", *names, "right"):
-        confusion.add_column(heading, justify="left" if heading == "domain" else "right")
+        confusion.add_column(
+            heading,
+            justify="left" if heading == "domain" else "right",
+            overflow="fold",
+            min_width=max(map(len, table.counts)) if heading == "domain" else None,
+        )
     for domain, row in table.counts.items():
         confusion.add_row(
             domain, *(str(row.get(name, 0) or "·") for name in names), f"{table.accuracy(domain):.1%}"
@@ -71,10 +76,10 @@ def _scores(evaluation: Evaluation, measure: Measure) -> Table:
     systems = [system for system in evaluation.systems if system.kind != "expert"]
     has_experts = len(systems) < len(evaluation.systems)
     table = Table(title=TITLES[measure])
-    table.add_column("domain")
+    table.add_column("domain", min_width=max(map(len, evaluation.domains)))
     table.add_column("rows", justify="right")
     for system in systems:
-        table.add_column(system.name, justify="right")
+        table.add_column(system.name, justify="right", overflow="fold")
     if has_experts:
         table.add_column("best expert", justify="right")
         table.add_column("its id")
