@@ -1,4 +1,5 @@
-# make serve | test | test-releases | lint | browser | fuzz | bench | bench-gpu | bench-peers | dashboards | image | clean.  The virtual environment is made on first use.
+# make serve | test | test-releases | lint | browser | clients | fuzz | bench | bench-gpu | bench-peers | dashboards
+#      | image | clean.  The virtual environment is made on first use.
 #
 # PIP_* variables of the environment reach pip unchanged: on a machine without an NVIDIA GPU, set PIP_INDEX_URL or
 # PIP_EXTRA_INDEX_URL to an index of CPU builds to spare several gigabytes of CUDA libraries.
@@ -23,7 +24,7 @@ CHECKED := $(PACKAGES) tests benchmarks docker
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test test-releases lint browser fuzz bench bench-gpu bench-peers dashboards image clean
+.PHONY: serve test test-releases lint browser fuzz bench bench-gpu bench-peers dashboards image clients clean
 .DEFAULT_GOAL := serve
 
 serve: $(SERVE_STAMP)
@@ -75,6 +76,10 @@ dashboards: $(TEST_STAMP)
 # The CPU image without a Docker engine; needs root, buildah, bubblewrap and debootstrap. BASE: a Debian root to build on.
 image: $(TEST_STAMP)
 	TRY_IMAGE=1 $(BIN)/pytest -q -s tests/e2e/test_image.py
+
+# Client libraries as they come from their registries; needs a package index for Python and one for JavaScript.
+clients: $(TEST_STAMP)
+	TRY_CLIENTS=1 $(BIN)/pytest -q -s tests/e2e/test_clients.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

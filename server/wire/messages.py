@@ -57,10 +57,15 @@ class Message(StrictModel):
             for key, item in value.items()
             if not (key in _LABELS and item in (None, [])) and not (key not in _KNOWN and item is None)
         }
-        if kept.get("role") == "assistant" and "content" in kept and kept["content"] in (None, ""):
+        if kept.get("role") != "assistant":
+            return kept
+        refused = isinstance(kept.get("refusal"), str)
+        if kept.get("content") in (None, "") and ("content" in kept or refused):
             # A refusal is what the assistant said in place of a content.
-            refusal = kept.pop("refusal") if isinstance(kept.get("refusal"), str) else ""
-            kept["content"] = refusal
+            kept["content"] = kept.pop("refusal") if refused else ""
+        elif refused and isinstance(kept["content"], str):
+            # Or after one.
+            kept["content"] = f"{kept['content']}\n{kept.pop('refusal')}"
         return kept
 
     @field_validator("content", mode="before")

@@ -71,6 +71,8 @@ class InputMessage(StrictModel):
     @field_validator("type", mode="before")
     @classmethod
     def _served(cls, value: object) -> object:
+        if value == "item_reference":
+            raise ValueError("nothing is stored to refer to; send the item itself (store: false)")
         if value != "message":
             raise ValueError(f"items of type {str(value)[:40]!r} are not supported by this server")
         return value
@@ -83,7 +85,7 @@ class InputMessage(StrictModel):
     @property
     def message(self) -> Message:
         """The turn of a chat that it is."""
-        return Message(role=self.role, content=self.content, name=None)
+        return Message.model_validate({"role": self.role, "content": self.content})
 
 
 def _part(part: object) -> str:
@@ -199,7 +201,7 @@ class ResponseRequest(GenerationFields):
         """Instructions and input as one chat."""
         chat = [item.message for item in self.input]
         if self.instructions is not None:
-            chat.insert(0, Message(role="system", content=self.instructions, name=None))
+            chat.insert(0, Message.model_validate({"role": "system", "content": self.instructions}))
         return chat
 
 

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from loramux.server.wire.chat import ChatRequest
-from tests.http.serving import Served, serving
+from tests.http.serving import TOKENIZER, Served, serving
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +87,21 @@ def test_a_mixture_that_a_client_wrote_is_not_rounded(served: Served) -> None:
     assert sorted({round(float(one), 6) for one in gate.flatten()}) == [0.005, 0.333333]
 
 
-@pytest.mark.parametrize("content", [None, ""])
-def test_a_refusal_put_back_is_what_the_assistant_said(served: Served, content: str | None) -> None:
-    refused: Any = {"role": "assistant", "content": content, "refusal": "I would rather not."}
+@pytest.mark.parametrize("content", [{"content": None}, {"content": ""}, {"content": "Well. "}, {}])
+def test_a_refusal_put_back_is_what_the_assistant_said(served: Served, content: dict[str, Any]) -> None:
+    refused: Any = {"role": "assistant", **content, "refusal": "I would rather not."}
     messages: list[Any] = [{"role": "user", "content": "math"}, refused, {"role": "user", "content": "math"}]
     served.client.chat.completions.create(model="auto", messages=messages)
-    prompt = served.parts.vocabulary
-    said = "".join(prompt.name(token) for token in served.engine.works[-1].prompt)
-    assert "rather" in said
+    said = TOKENIZER.decode(served.engine.works[-1].prompt)
+    expected = f"Well. \n{refused['refusal']}" if content.get("content") else refused["refusal"]
+    assert f"<|assistant|>{expected}<|end|>" in said
+
+
+def test_who_else_refuses_is_told_so(served: Served) -> None:
+    messages: Any = [{"role": "user", "content": "math", "refusal": "No."}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        served.client.chat.completions.create(model="auto", messages=messages)
+    assert caught.value.param == "messages[0].refusal"
 
 
 @pytest.mark.parametrize(

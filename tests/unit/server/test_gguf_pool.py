@@ -117,7 +117,7 @@ def test_a_package_is_named_and_not_copied(
     assert not (out / "base").exists()
     assert check_pool(out) == []
     shutil.rmtree(package)
-    assert "no installed package" in check_pool(out)[0]
+    assert "is not installed; pip install" in check_pool(out)[0]
     record = json.loads((out / "pool.json").read_text())
     record["base"]["wheel"] = "tiny-gguf==1.2"
     (out / "pool.json").write_text(json.dumps(record))
