@@ -54,7 +54,8 @@ class Said:
     def written(self) -> str:
         """As a page."""
         parts = [
-            "# Clients\n\nTried unmodified by `make clients` (`tests/clients`), each in its own environment,\n"
+            "# Clients\n\nTried unmodified by `make clients` (`tests/clients`), each in its own "
+            "environment,\n"
             "against `loramux serve` on the tests' pool. This page is what they said.\n"
         ]
         for version, *checks in sorted(self.lines.values()):
