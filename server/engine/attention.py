@@ -17,6 +17,8 @@ from loramux.kernels.paged_attention import Rows, Scores, choose_form, prompt_at
 PAGED = "loramux_paged"
 #: Under which name a module of a model finds the cache. Not every model passes on what its forward is given.
 _ATTACHED = "_loramux_paged"
+#: Bytes of a cache line, at which the cache on a CPU begins.
+_LINE = 64
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -185,5 +187,7 @@ def _zeros(shape: Items[int], dtype: torch.dtype, device: torch.device) -> Tenso
     written there, so that a cache for long contexts costs neither time nor memory before it is used."""
     if device.type != "cpu":
         return torch.zeros(*shape, dtype=dtype, device=device)
-    flat = torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8))
-    return flat.view(dtype).view(*shape)
+    size = math.prod(shape) * dtype.itemsize
+    flat = torch.from_numpy(np.zeros(size + _LINE, np.uint8))
+    start = -flat.data_ptr() % _LINE
+    return flat[start : start + size].view(dtype).view(*shape)

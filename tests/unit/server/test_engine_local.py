@@ -3,10 +3,12 @@
 import asyncio
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from loramux.kernels.gated_lora.tabled import TabledForm
+from loramux.server.engine.attention import _zeros
 from loramux.server.engine.graphs import StepGraphs
 from loramux.server.engine.protocol import (
     Finished,
@@ -210,3 +212,13 @@ def test_stop_tokens_end_the_answer_and_are_not_part_of_it() -> None:
     assert ignoring.tokens == plain
     assert ignoring.finished == Finished("length")
     assert at_own.tokens == plain[: plain.index(plain[2])]
+
+
+def test_a_cache_that_is_not_written_takes_no_memory() -> None:
+    before = psutil.Process().memory_info().rss
+    cache = _zeros((1000, 16, 8, 1000), torch.bfloat16, torch.device("cpu"))
+    assert cache.nbytes == 256_000_000
+    assert cache.data_ptr() % 64 == 0
+    assert psutil.Process().memory_info().rss - before < 2**26
+    cache[7, 3] = 1.0
+    assert float(cache[6:9].float().sum()) == 8000
