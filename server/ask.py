@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from loramux.server.engine.protocol import Sampling
+from loramux.server.toolkit import ToolUse
 from loramux.server.wire.generation import RoutingFields
 
 
@@ -29,8 +30,8 @@ class Sequence:
 class Ask:
     """A request. All its prompts are routed together, on `routing_text`, and share one blend.
 
-    `grammar`, in llguidance's form, is what every answer follows. `score_end`: the token that ends a sequence
-    has a score of its own in the answer, as completions have it.
+    `grammar`, in llguidance's form, is what every answer follows; `tools` is what it may call. `score_end`:
+    the token that ends a sequence has a score of its own in the answer, as completions have it.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Ask:
     echo: bool = False
     prompt_logprobs: int | None = None
     grammar: str | None = None
+    tools: ToolUse | None = None
     score_end: bool = False
 
     @property

@@ -59,6 +59,7 @@ from loramux.server.selection import Router, Selector
 from loramux.server.settings import Settings, api_keys
 from loramux.server.text.prompts import ChatTokenizer, Prompts
 from loramux.server.text.vocabulary import Vocabulary
+from loramux.server.toolkit import Toolkit
 from loramux.server.traces import NO_TRACES, Traces, make_traces
 
 log = logging.getLogger("loramux")
@@ -192,7 +193,7 @@ def connect(
         catalog=catalog,
         prompts=prompts,
         vocabulary=vocabulary,
-        intake=Intake(prompts, catalog, grammars),
+        intake=Intake(prompts, catalog, grammars, Toolkit(tokenizer, vocabulary, settings.tools.format)),
         router=router,
         selector=selector,
         residency=residency,

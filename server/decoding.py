@@ -12,6 +12,7 @@ from loramux.server.engine.protocol import Engine, Finished, PromptScored, Start
 from loramux.server.events import Delta, ScoredToken
 from loramux.server.text.detokenizer import Detokenizer
 from loramux.server.text.stops import StopScanner
+from loramux.server.text.tool_calls import TextReader
 from loramux.server.text.vocabulary import Vocabulary
 
 Item = TypeVar("Item")
@@ -45,7 +46,9 @@ async def _sequence(
     engine: Engine, vocabulary: Vocabulary, ask: Ask, sequence: AskSequence, work_id: str, adapter: object
 ) -> AsyncGenerator[Begun | Delta]:
     index, prompt = sequence.index, sequence.prompt
-    detokenizer, stops = Detokenizer(vocabulary), StopScanner(ask.stop)
+    detokenizer = Detokenizer(vocabulary, frozenset() if ask.tools is None else ask.tools.visible)
+    stops = StopScanner(ask.stop)
+    reader = TextReader() if ask.tools is None else ask.tools.reader(vocabulary, prompt.tokens)
     work = Work(work_id, prompt.tokens, sequence.sampling, adapter, ask.prompt_logprobs, ask.grammar)
     async with aclosing(engine.run(work)) as events:
         async for event in events:
@@ -58,18 +61,20 @@ async def _sequence(
                     yield Delta(index, prompt.text, _echoed(vocabulary, event.scores), echo=True)
                 case Token():
                     text = detokenizer.feed(event.score.id)
-                    shown = stops.feed(text)
-                    # Leaving the loop closes the run: a stop string ends the sequence here and in the engine.
-                    yield Delta(
-                        index, shown, (ScoredToken(event.score, text),), "stop" if stops.matched else None
-                    )
-                    if stops.matched:
+                    said = reader.feed(stops.feed(text))
+                    # Leaving the loop closes the run: what ends the sequence here ends it in the engine.
+                    ended = reader.ended or stops.matched is not None
+                    said = said + reader.finish() if ended else said
+                    finish = reader.ending("stop") if ended else None
+                    yield Delta(index, said.text, (ScoredToken(event.score, text),), finish, calls=said.calls)
+                    if ended:
                         return
                 case Finished():
                     # An end token has no text, but whoever sums up log-probabilities needs its entry.
                     last = () if event.score is None or not ask.score_end else (ScoredToken(event.score, ""),)
-                    text = stops.feed(detokenizer.finish()) + stops.finish()
-                    yield Delta(index, text, last, finish=event.reason)
+                    said = reader.feed(stops.feed(detokenizer.finish()) + stops.finish()) + reader.finish()
+                    finish = reader.ending(event.reason)
+                    yield Delta(index, said.text, last, finish, calls=said.calls)
 
 
 def _echoed(vocabulary: Vocabulary, scores: Sequence[TokenScore]) -> tuple[ScoredToken, ...]:

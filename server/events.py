@@ -1,10 +1,14 @@
 """What the pipeline yields: one `Opened`, then `Delta`s of any choice, then one `Closed`."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from loramux.server.engine.protocol import FinishReason, TokenScore
 from loramux.server.selection import Selection
+from loramux.server.text.tool_calls import ToolCall
+
+#: Why a choice has ended.
+Ending = FinishReason | Literal["tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +59,15 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """More of one choice. `finish` is set on its last; `echo` marks the prompt's own text and scores."""
+    """More of one choice. `finish` is set on its last; `echo` marks the prompt's own text and scores; `calls`
+    are those of tools that have become whole."""
 
     index: int
     text: str = ""
     tokens: tuple[ScoredToken, ...] = ()
-    finish: FinishReason | None = None
+    finish: Ending | None = None
     echo: bool = False
+    calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,9 @@ from loramux.server.catalog import Catalog, Kind
 from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.protocol import GrammarError, Sampling
 from loramux.server.errors import RequestError
-from loramux.server.text.grammar import GrammarSyntaxError, grammar_of
+from loramux.server.text.grammar import GrammarSyntaxError, json_grammar
 from loramux.server.text.prompts import Prompts
+from loramux.server.toolkit import Toolkit, ToolUse
 from loramux.server.wire.chat import ChatRequest
 from loramux.server.wire.completions import CompletionRequest
 from loramux.server.wire.generation import GenerationFields
@@ -23,22 +24,27 @@ COMPLETION_TOKENS = 16
 class Intake:
     """Checks what the wire models cannot know."""
 
-    def __init__(self, prompts: Prompts, catalog: Catalog, grammars: Grammars) -> None:
+    def __init__(self, prompts: Prompts, catalog: Catalog, grammars: Grammars, toolkit: Toolkit) -> None:
         self._prompts = prompts
         self._catalog = catalog
         self._grammars = grammars
+        self._toolkit = toolkit
 
     async def chat(self, request: ChatRequest) -> Ask:
         """Raises `RequestError` when the model, a token id, the template or the context does not fit."""
         self._check(request)
+        tools = self._toolkit.use(request)
         variables = self._prompts.variables(request.chat_template_kwargs or {}, request.reasoning_effort)
-        tokens = await self._prompts.chat([message.turn for message in request.messages], variables=variables)
+        turns = [message.turn for message in request.messages]
+        offered = () if tools is None else tools.tools
+        tokens = await self._prompts.chat(turns, variables=variables, tools=offered)
         asked = request.max_completion_tokens or request.max_tokens
         text = routing_text(request.messages)
         limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         prompt = Prompt(text, tokens, self._prompts.room(len(tokens), asked, "messages", limit=limit))
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
-        return self._ask(request, (prompt,), text, logprobs, grammar=await self._grammar(request.structure))
+        grammar = await self._grammar(request.structure, tools)
+        return self._ask(request, (prompt,), text, logprobs, grammar=grammar, tools=tools)
 
     async def response(self, request: ResponseRequest) -> Ask:
         """Raises `RequestError` when the model, a token id, the template or the context does not fit."""
@@ -77,17 +83,22 @@ class Intake:
             await self._grammar(request.structure),
         )
 
-    async def _grammar(self, structure: Structure | None) -> str | None:
-        """The grammar of what the answer has to look like, known to compile."""
-        if structure is None:
+    async def _grammar(self, structure: Structure | None, tools: ToolUse | None = None) -> str | None:
+        """The grammar of what the answer has to look like, or has to call; known to compile."""
+        if structure is None and (tools is None or not tools.must):
             return None
+        param = "tools" if structure is None else structure.param
         try:
+            for number, schema in enumerate(() if tools is None else tools.schemas):
+                param = f"tools[{number}].function.parameters"
+                await self._grammars.check(json_grammar(schema))
+            param = "tools" if structure is None else structure.param
             # In a thread: a written grammar is translated by a parser in Python.
-            grammar = await asyncio.to_thread(grammar_of, structure)
-            await self._grammars.check(grammar)
+            grammar = await asyncio.to_thread(self._toolkit.grammar, tools, structure)
+            if grammar is not None:
+                await self._grammars.check(grammar)
         except (GrammarSyntaxError, GrammarError) as error:
-            problem = f"{structure.param}: {error}"
-            raise RequestError(problem, param=structure.param, code="invalid_grammar") from None
+            raise RequestError(f"{param}: {error}", param=param, code="invalid_grammar") from None
         return grammar
 
     def _check(self, request: GenerationFields) -> None:
@@ -117,6 +128,7 @@ class Intake:
         logprobs: int | None,
         echo: bool = False,
         grammar: str | None = None,
+        tools: ToolUse | None = None,
     ) -> Ask:
         sampling = Sampling(
             max_tokens=0,
@@ -145,6 +157,7 @@ class Intake:
             echo=echo,
             prompt_logprobs=logprobs if echo else None,
             grammar=grammar,
+            tools=tools,
             score_end=isinstance(request, CompletionRequest) and logprobs is not None,
         )
 

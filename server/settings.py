@@ -52,7 +52,11 @@ class Limits(_Section):
         default=65536,
         ge=64,
         le=2**24,
-        description="Bytes of one JSON Schema, regular expression, grammar or list of choices.",
+        description="Bytes of one JSON Schema, regular expression, grammar or list of choices, and of all "
+        "tools.",
+    )
+    max_tools: int = Field(
+        default=128, ge=1, description="Tools in one request, and calls in one of its messages."
     )
     max_routing_examples: int = Field(
         default=64, ge=1, description="Texts in `routing_examples` of one adapter."
@@ -116,6 +120,16 @@ class ResidencySettings(_Section):
     )
     weight_step: float = Field(
         default=0.01, gt=0, le=0.5, description="Blend weights are rounded to this grid."
+    )
+
+
+class ToolSettings(_Section):
+    """Calls of tools."""
+
+    format: Literal["auto", "hermes", "llama3", "mistral", "qwen"] = Field(
+        default="auto",
+        description="How the base writes calls; auto asks its tokenizer: a response template, else what the "
+        "chat template speaks of.",
     )
 
 
@@ -231,6 +245,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     residency: ResidencySettings = ResidencySettings()
     routing: RoutingSettings = RoutingSettings()
+    tools: ToolSettings = ToolSettings()
 
     @field_validator("api_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod

@@ -19,16 +19,17 @@ class CompletionRenderer(Renderer):
     def entry(self, token: ScoredToken) -> dict[str, Any]:
         return completion_entry(self.vocabulary, token)
 
-    def next_choice(self, delta: Delta) -> dict[str, Any]:
+    def next_choices(self, delta: Delta) -> list[dict[str, Any]]:
         entries = self.entries(delta)
         offset = self._offsets[delta.index]
         self._offsets[delta.index] += _length(delta)
-        return completion_choice(
+        choice = completion_choice(
             delta.index,
             text=delta.text,
             logprobs=completion_logprobs(entries, offset) if entries else None,
             finish_reason=delta.finish,
         )
+        return [choice]
 
     def whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:
         return completion_choice(

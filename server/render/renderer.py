@@ -8,6 +8,7 @@ from typing import Any
 
 from loramux.server.events import Closed, Delta, Event, Opened, ScoredToken
 from loramux.server.render.envelope import Body, Envelope, Events, headers, usage
+from loramux.server.text.tool_calls import ToolCall
 from loramux.server.text.vocabulary import Vocabulary
 
 
@@ -17,6 +18,7 @@ class WholeChoice:
 
     text: list[str] = field(default_factory=list)
     entries: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     finish: str | None = None
 
 
@@ -42,10 +44,13 @@ class Renderer(ABC):
                 match event:
                     case Opened():
                         first = headers(event)
-                        opening = [self.next_choice(Delta(0))]
+                        opening = self.next_choices(Delta(0))
                         yield self.envelope.chunk(opening, loramux=event.body(), **counts), first
-                    case Delta() if event.text or event.finish or (event.tokens and self.logprobs):
-                        yield self.envelope.chunk([self.next_choice(event)], **counts), first
+                    case Delta() if (
+                        event.text or event.finish or event.calls or (event.tokens and self.logprobs)
+                    ):
+                        for choice in self.next_choices(event):
+                            yield self.envelope.chunk([choice], **counts), first
                     case Closed() if self.envelope.usage:
                         yield self.envelope.chunk([], usage=usage(event)), first
 
@@ -61,13 +66,14 @@ class Renderer(ABC):
                         first = headers(event)
                         extra["loramux"] = event.body()
                     case Delta():
-                        choice = choices.setdefault(event.index, WholeChoice())
-                        choice.text.append(event.text)
-                        choice.entries += self.entries(event)
-                        choice.finish = event.finish or choice.finish
+                        whole = choices.setdefault(event.index, WholeChoice())
+                        whole.text.append(event.text)
+                        whole.entries += self.entries(event)
+                        whole.calls += event.calls
+                        whole.finish = event.finish or whole.finish
                     case Closed():
                         extra["usage"] = usage(event)
-        bodies = [self.whole_choice(index, choice) for index, choice in sorted(choices.items())]
+        bodies = [self.whole_choice(index, whole) for index, whole in sorted(choices.items())]
         return self.envelope.body(bodies, **extra), first
 
     def entries(self, delta: Delta) -> list[dict[str, Any]]:
@@ -79,8 +85,9 @@ class Renderer(ABC):
         """One log-probability entry."""
 
     @abstractmethod
-    def next_choice(self, delta: Delta) -> dict[str, Any]:
-        """One choice of the next chunk. Called once for each delta, in their order."""
+    def next_choices(self, delta: Delta) -> list[dict[str, Any]]:
+        """The choices of the next chunks, of which most deltas make one. Called once for each delta, in their
+        order."""
 
     @abstractmethod
     def whole_choice(self, index: int, choice: WholeChoice) -> dict[str, Any]:

@@ -12,12 +12,16 @@ class Detokenizer:
     U+FFFD at once. Work per token does not depend on how long the sequence is.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, visible: frozenset[int] = frozenset()) -> None:
+        """`visible`: special tokens that are text all the same."""
         self._vocabulary = vocabulary
+        self._visible = visible
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
         """The characters that this token completes."""
+        if token in self._visible:
+            return self._decoder.decode(self._vocabulary.pieces[token])
         return self._decoder.decode(self._vocabulary.text_bytes(token))
 
     def finish(self) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llguidance import LLMatcher, grammar_from, regex_to_lark
@@ -59,6 +59,27 @@ def json_grammar(schema: dict[str, Any]) -> str:
         return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
     except (ValueError, RecursionError) as error:
         raise GrammarSyntaxError(one_line(str(error))) from None
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """The same as a part of a Lark grammar."""
+    return f"%json {json.dumps({**schema, 'x-guidance': _JSON})}"
+
+
+def structure_rule(structure: Structure) -> str:
+    """What a request asks for as a part of a Lark grammar.
+
+    Raises:
+        GrammarSyntaxError: it is a whole grammar itself.
+    """
+    match structure.kind:
+        case "json":
+            return json_rule(structure.given)
+        case "regex":
+            return f"/{regex_to_lark(structure.given, 'dw')}/"
+        case "choice":
+            return " | ".join(map(quoted, structure.given))
+    raise GrammarSyntaxError("a grammar cannot be combined with tools")
 
 
 def regex_grammar(regex: str) -> str:

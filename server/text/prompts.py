@@ -17,8 +17,8 @@ INLINE_CHARACTERS = 16_384
 NO_VARIABLES: Mapping[str, Value] = MappingProxyType({})
 
 Result = TypeVar("Result")
-#: (role, content), or (role, content, name).
-Turn = tuple[str, str] | tuple[str, str, str]
+#: `role`, `content`, and what else a chat template reads of a message: `name`, `tool_calls`, `tool_call_id`.
+Turn = Mapping[str, Any]
 
 
 class ChatTokenizer(Protocol):
@@ -30,7 +30,7 @@ class ChatTokenizer(Protocol):
         """`input_ids` of a text."""
         ...
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any:
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any:
         """Render, and tokenize when asked."""
         ...
 
@@ -71,9 +71,10 @@ class Prompts:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Value] = NO_VARIABLES,
+        tools: Sequence[Mapping[str, Any]] = (),
         param: str = "messages",
     ) -> tuple[int, ...]:
-        """Token ids of a chat through the base's template, which sees a name where a turn has one.
+        """Token ids of a chat through the base's template, which sees the tools where there are any.
 
         Control tokens that a client writes into a message are tokenized as ordinary text: only the template
         can open or end a turn.
@@ -84,12 +85,12 @@ class Prompts:
         if not self._tokenizer.chat_template:
             raise RequestError("the base has no chat template; use /v1/completions", code="no_chat_template")
         conversation = [
-            {"role": "system" if role == "developer" else role, "content": content}
-            | ({"name": name[0]} if name else {})
-            for role, content, *name in messages
+            {**turn, "role": "system"} if turn["role"] == "developer" else dict(turn) for turn in messages
         ]
-        length = sum(len(turn["content"]) for turn in conversation)
-        self._refuse_hopeless("".join(turn["content"] for turn in conversation), param)
+        offered: dict[str, Any] = {"tools": [dict(tool) for tool in tools]} if tools else {}
+        text = "".join(turn["content"] for turn in conversation)
+        length = len(text) + len(str(offered))
+        self._refuse_hopeless(text, param)
 
         def render(tokenizer: ChatTokenizer) -> tuple[int, ...]:
             try:
@@ -99,6 +100,7 @@ class Prompts:
                     sanitize_control_tokens=True,
                     return_dict=False,
                     **variables,
+                    **offered,
                 )
             except jinja2.TemplateError as error:
                 problem = f"the chat template refused the messages: {error}"

@@ -1,16 +1,19 @@
 """`POST /v1/chat/completions`: the request, and the JSON of whole answers and of chunks."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from loramux.server.text.template import Value
+from loramux.server.text.tool_calls import ToolCall
 from loramux.server.wire.generation import Effort, GenerationFields
 from loramux.server.wire.messages import Messages
 from loramux.server.wire.strict import at_most, field_error, limits_of
+from loramux.server.wire.tools import ToolFields
 
 
-class ChatRequest(GenerationFields):
+class ChatRequest(GenerationFields, ToolFields):
     """An OpenAI chat request, with `lora` and `routing` as extensions."""
 
     messages: Messages
@@ -20,7 +23,10 @@ class ChatRequest(GenerationFields):
     reasoning_effort: Effort | None = None
     chat_template_kwargs: dict[str, Value] | None = Field(None, max_length=32)
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = GenerationFields.UNSUPPORTED - {"reasoning_effort"} | {"echo"}
+    UNSUPPORTED: ClassVar[frozenset[str]] = GenerationFields.UNSUPPORTED - {
+        "reasoning_effort",
+        *ToolFields.model_fields,
+    } | {"echo"}
 
     @field_validator("top_logprobs")
     @classmethod
@@ -52,19 +58,54 @@ def chat_logprobs(entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {"content": entries, "refusal": None}
 
 
+def called(call: ToolCall) -> dict[str, Any]:
+    """An entry of `tool_calls` in a whole answer."""
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
+
+
+def call_deltas(calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    """Entries of `tool_calls` in chunks: each call by its name first, then its arguments."""
+    deltas: list[dict[str, Any]] = []
+    for call in calls:
+        head = {**called(call), "function": {"name": call.name, "arguments": ""}}
+        deltas.append({"index": call.index, **head})
+        deltas.append({"index": call.index, "function": {"arguments": call.arguments}})
+    return deltas
+
+
 def chat_chunk_choice(
-    index: int, *, text: str | None, first: bool, logprobs: dict[str, Any] | None, finish_reason: str | None
+    index: int,
+    *,
+    text: str | None = None,
+    first: bool = False,
+    logprobs: dict[str, Any] | None = None,
+    finish_reason: str | None = None,
+    call: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One choice of a chunk; the first of a choice carries the role."""
     delta: dict[str, Any] = {"role": "assistant"} if first else {}
     if text is not None:
         delta["content"] = text
+    if call is not None:
+        delta["tool_calls"] = [call]
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 def chat_choice(
-    index: int, *, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None
+    index: int,
+    *,
+    text: str,
+    logprobs: dict[str, Any] | None,
+    finish_reason: str | None,
+    calls: Sequence[ToolCall] = (),
 ) -> dict[str, Any]:
-    """One choice of a whole answer."""
-    message = {"role": "assistant", "content": text, "refusal": None}
+    """One choice of a whole answer; one that only calls has no content."""
+    message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+    if calls:
+        message["content"] = text or None
+        message["tool_calls"] = [called(call) for call in calls]
     return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}

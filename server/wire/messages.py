@@ -1,6 +1,6 @@
 """Chat messages, and requests that take them in place of a text."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     BeforeValidator,
@@ -13,9 +13,10 @@ from pydantic import (
 
 from loramux.server.text.prompts import Turn
 from loramux.server.wire.strict import NESTED_UNSUPPORTED, StrictModel, field_error, limits_of, no_longer_than
+from loramux.server.wire.tools import Calls
 
 # What an answer of this or another server carries beside role and content, and says nothing to a model.
-_LABELS = NESTED_UNSUPPORTED - {"tool_call_id"} | {"reasoning_content"}
+_LABELS = NESTED_UNSUPPORTED | {"reasoning_content", "tool_calls"}
 
 
 _PART = {
@@ -36,16 +37,30 @@ class Message(StrictModel):
     said nothing has the empty text. One that refused said its refusal.
     """
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, WithJsonSchema(_CONTENT)]
     name: str | None = Field(None, min_length=1, max_length=256)
+    tool_calls: Calls | None = None
+    tool_call_id: str | None = Field(None, min_length=1, max_length=256)
 
-    UNSUPPORTED: ClassVar[frozenset[str]] = _LABELS | {"tool_call_id"}
+    UNSUPPORTED: ClassVar[frozenset[str]] = _LABELS - {"tool_calls"}
 
     @property
     def turn(self) -> Turn:
         """As the chat template takes it."""
-        return (self.role, self.content) if self.name is None else (self.role, self.content, self.name)
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.tool_calls is not None:
+            turn["tool_calls"] = [call.described() for call in self.tool_calls]
+        given = {"name": self.name, "tool_call_id": self.tool_call_id}
+        return turn | {key: value for key, value in given.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _calls_and_their_results(self) -> Self:
+        if self.tool_calls is not None and self.role != "assistant":
+            raise field_error(".tool_calls", "are an assistant's")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise field_error(".tool_call_id", "is required in messages of role tool, and in no others")
+        return self
 
     @model_validator(mode="before")
     @classmethod
@@ -60,7 +75,8 @@ class Message(StrictModel):
         if kept.get("role") != "assistant":
             return kept
         refused = isinstance(kept.get("refusal"), str)
-        if kept.get("content") in (None, "") and ("content" in kept or refused):
+        silent = "content" in kept or refused or "tool_calls" in kept
+        if kept.get("content") in (None, "") and silent:
             # A refusal is what the assistant said in place of a content.
             kept["content"] = kept.pop("refusal") if refused else ""
         elif refused and isinstance(kept["content"], str):

@@ -22,9 +22,7 @@ from loramux.server.wire.wording import worded
 MAX_TOKENS = 2**31 - 1
 
 # Fields of OpenAI's messages that exist and are not served.
-NESTED_UNSUPPORTED = frozenset(
-    {"tool_calls", "tool_call_id", "function_call", "audio", "refusal", "annotations"}
-)
+NESTED_UNSUPPORTED = frozenset({"function_call", "audio", "refusal", "annotations"})
 _NAMED = NESTED_UNSUPPORTED | {"summary", "generate_summary"}
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
@@ -103,7 +101,8 @@ class _FieldError(ValueError):
 
 
 def field_error(param: str, message: str) -> ValueError:
-    """For a model validator: an error that names `param` although the whole model was checked."""
+    """For a model validator: an error that names `param` although the whole model was checked; a `param` that
+    begins with a dot is one of that model, wherever it stands."""
     return _FieldError(param, message)
 
 
@@ -160,7 +159,8 @@ def _request_error(error: ValidationError) -> RequestError:
     first = error.errors(include_url=False)[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, _FieldError):
-        return RequestError(f"{cause.param} {cause}", param=cause.param, code="invalid_value")
+        param = _path(first["loc"]) + cause.param if cause.param.startswith(".") else cause.param
+        return RequestError(f"{param} {cause}", param=param, code="invalid_value")
     param = _path(first["loc"])
     if first["type"] == "extra_forbidden" and first["loc"][-1] in _NAMED:
         return RequestError(f"{param} is not supported by this server", param=param, code="unsupported_field")

@@ -60,11 +60,16 @@ class Live:
 
 @contextmanager
 def live(
-    root: Path, *, tokenizer: Any = TOKENIZER, engine_limits: EngineLimits | None = None, **flags: Any
+    root: Path,
+    *,
+    tokenizer: Any = TOKENIZER,
+    engine_limits: EngineLimits | None = None,
+    context: int = 512,
+    **flags: Any,
 ) -> Iterator[Live]:
     """A server on a free port; whatever was leased is given back at its end."""
     settings = load_settings(flags={"admin_key": "admin", "drain_seconds": 2, **flags})
-    model = tiny_llama(vocab_size=len(tokenizer))
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=context)
     shapes = BaseShapes.from_model(model, BASE)
     experts = {name: random_adapter(shapes, 4, name) for name in ("code", "law", "math")}
     sparse: list[SparseModel] = [

@@ -159,6 +159,7 @@ def serving(
     sparse: Sequence[SparseModel] = (),
     router: Any = None,
     traces: Traces = NO_TRACES,
+    tokenizer: Any = TOKENIZER,
     **flags: Any,
 ) -> Iterator[Served]:
     """A server on a free port, stopped at the end; no lease and no row may be left over.
@@ -188,8 +189,8 @@ def serving(
         arrows=arrows,
         engine=engine,
         router=router,
-        tokenizer=TOKENIZER,
-        grammars=Grammars(TOKENIZER, ()),
+        tokenizer=tokenizer,
+        grammars=Grammars(tokenizer, ()),
         read=read_expert,
         adapter_root=tmp_path / "adapters",
         fingerprint="loramux-test",
