@@ -103,7 +103,7 @@ TYPES: dict[str, Any] = {
     "unicode": Unicode,
     "integer": Small,
     "multiple": Annotated[int, Field(ge=0, le=500, multiple_of=7)],
-    "number": Annotated[float, Field(ge=0, le=1)],
+    "number": Annotated[float, Field(ge=0, le=3, multiple_of=0.25)],
     "boolean": bool,
     "null": None,
     "string": Annotated[str, Field(max_length=12)],
