@@ -317,5 +317,5 @@ def test_loads_at_the_same_time_are_all_right(served: Served) -> None:
 
 def test_the_page_tells_how_many_experts_auto_has(served: Served) -> None:
     page = served.http.get("/").text
-    assert "loramux?.routable" in page
+    assert "experts.filter(one => one.routable)" in page
     assert "by name only" in page

@@ -160,7 +160,7 @@ def test_it_goes_with_every_other_option(server: Live) -> None:
     answer = asked(server, **fields).json()
     texts = [choice["message"]["content"] for choice in answer["choices"]]
     assert all(re.fullmatch("(ab|cd){6}z", text) for text in texts)
-    assert len(set(texts)) == 3
+    assert len(set(texts)) > 1  # of 64 that it may be
     for choice in answer["choices"]:
         entries = choice["logprobs"]["content"]
         assert "".join(entry["token"] for entry in entries) == choice["message"]["content"]
@@ -191,7 +191,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a b", "schema": OBJECT}}},
-        "response_format.json_schema.name", "pattern",
+        "response_format.json_schema.name", "must match",
     ),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": UNKNOWN}}},

@@ -209,10 +209,10 @@ UNKNOWN = {"type": "object", "properties": {"a": {"not": {}}}}
     [
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "function"),
         ({"tools": [{"type": "function"}]}, "tools[0].function", "required"),
-        ({"tools": [function(), function(name="a b")]}, "tools[1].function.name", "pattern"),
+        ({"tools": [function(), function(name="a b")]}, "tools[1].function.name", "must match"),
         ({"tools": [function(), function()]}, "tools[1].function.name", "another tool"),
         ({"tools": [function(parameters={"type": "string"})]}, "tools[0].function.parameters", "object"),
-        ({"tools": [function(parameters=[1])]}, "tools[0].function.parameters", "dictionary"),
+        ({"tools": [function(parameters=[1])]}, "tools[0].function.parameters", "must be an object"),
         ({"tools": [function(name=f"f{n}") for n in range(5)]}, "tools", "at most 4"),
         ({"tools": [function(description="x" * 5000)]}, "tools", "at most 4096"),
         (
