@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Between the tokens of JSON: nothing, a blank, or a new line and its indentation. Were there no end to it, a
 # model that falls into blanks would fill its answer with them.
-_BLANKS = r"( |\r?\n[ \t]{0,24})?"
+_BLANKS = r"( |\r?\n[ \t]{0,12})?"
 _JSON: "JsonCompileOptions" = {
     "whitespace_pattern": _BLANKS,
     "whitespace_flexible": True,

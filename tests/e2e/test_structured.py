@@ -9,7 +9,7 @@ import pytest
 from openai import OpenAI
 
 from tests.e2e.conftest import Server
-from tests.json_types import TYPES, Invoice, Person, read, schema
+from tests.json_types import TYPES, Person, Segment, read, schema
 
 
 @pytest.fixture
@@ -55,11 +55,11 @@ def test_the_client_parses_an_answer_into_its_own_class(client: OpenAI) -> None:
     assert isinstance(person, Person)
     assert person == Person.model_validate_json(answer.choices[0].message.content or "")
     with client.chat.completions.stream(
-        model="auto", messages=question, response_format=Invoice, temperature=0
+        model="auto", messages=question, response_format=Segment, temperature=0
     ) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
-    assert isinstance(final.choices[0].message.parsed, Invoice)
+    assert isinstance(final.choices[0].message.parsed, Segment)
     assert {"content.delta", "content.done", "chunk"} <= set(kinds)
 
 
