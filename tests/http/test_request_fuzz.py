@@ -22,6 +22,7 @@ from loramux.server.engine.protocol import Work
 from loramux.server.wire.chat import ChatRequest
 from loramux.server.wire.completions import CompletionRequest
 from loramux.server.wire.generation import LoraScale, RoutingFields
+from loramux.server.wire.responses import LOGPROBS, ResponseRequest
 from loramux.server.wire.route import RouteRequest
 from loramux.server.wire.strict import StrictModel
 from loramux.server.wire.tokenize import DetokenizeRequest, TokenizeRequest
@@ -38,6 +39,7 @@ MESSAGES = [{"role": "user", "content": "hello math"}]
 ROUTES: dict[str, tuple[type[StrictModel], dict[str, Any]]] = {
     "/v1/chat/completions": (ChatRequest, {"model": "auto", "messages": MESSAGES, "max_tokens": 3}),
     "/v1/completions": (CompletionRequest, {"model": "auto", "prompt": "code", "max_tokens": 3}),
+    "/v1/responses": (ResponseRequest, {"model": "auto", "input": "math", "max_output_tokens": 3}),
     "/v1/route": (RouteRequest, {"input": "law"}),
     "/tokenize": (TokenizeRequest, {"prompt": "law"}),
     "/detokenize": (DetokenizeRequest, {"tokens": [1]}),
@@ -117,7 +119,7 @@ def placed(route: str, path: tuple[str | int, ...], value: Any) -> dict[str, Any
             if name == "max_completion_tokens":
                 del body["max_tokens"]
             if name == "top_logprobs":
-                body["logprobs"] = True
+                body |= {"include": [LOGPROBS]} if "responses" in route else {"logprobs": True}
         case ("lora", _, _):
             body["lora"] = [{"id": "math", "scale": value}]
         case (str(name), int()):
@@ -147,6 +149,13 @@ def check(answer: httpx.Response, route: str, body: dict[str, Any], changed: Seq
 
 
 def shaped(answer: httpx.Response, route: str, body: dict[str, Any]) -> None:
+    if route == "/v1/responses":
+        last = answer.text.splitlines()[-2] if body.get("stream") is True else ""
+        told = json.loads(last.removeprefix("data: ") or answer.text, parse_constant=refuse)
+        told = told.get("response", told)
+        assert told["status"] in ("completed", "incomplete"), told
+        assert told["usage"]["output_tokens"] >= 0
+        return
     if body.get("stream") is True and "completions" in route:
         lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
         assert lines[-1] == "[DONE]", answer.text
@@ -274,6 +283,10 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
         max_size=3,
     ),
     "stop": texts | st.lists(texts, max_size=3),
+    "input": texts | st.lists(replayed, max_size=3),
+    "include": st.lists(st.sampled_from([LOGPROBS, "reasoning.encrypted_content", "x"]), max_size=2),
+    "reasoning": st.fixed_dictionaries({}, optional={"effort": st.sampled_from(["none", "low", "x", None])}),
+    "metadata": st.dictionaries(texts, texts, max_size=3),
     "prompt": texts | st.lists(st.integers(-1, 300), max_size=4) | st.lists(texts, max_size=2),
     "tokens": st.lists(st.integers(-1, 300), max_size=5),
 }
