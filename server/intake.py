@@ -58,7 +58,8 @@ class Intake:
         room = self._prompts.room(len(tokens), request.max_output_tokens, "input", limit="max_output_tokens")
         text = routing_text(messages)
         logprobs = (request.top_logprobs or 0) if request.logprobs_wanted else None
-        return self._ask(request, (Prompt(text, tokens, room),), text, logprobs)
+        grammar = await self._grammar(request.structure)
+        return self._ask(request, (Prompt(text, tokens, room),), text, logprobs, grammar=grammar)
 
     async def completion(self, request: CompletionRequest) -> Ask:
         """Raises `RequestError` when the model, a token id or the context does not fit."""

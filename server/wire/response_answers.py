@@ -84,7 +84,7 @@ class Response(TypedDict):
     service_tier: Literal["default"]
     store: Literal[False]
     temperature: float
-    text: dict[str, dict[str, str]]
+    text: dict[str, dict[str, Any]]
     tool_choice: Literal["auto"]
     tools: list[Any]
     top_logprobs: int

@@ -23,6 +23,7 @@ from loramux.server.wire.strict import (
     limits_of,
     no_longer_than,
 )
+from loramux.server.wire.structured import ANY_OBJECT, Schema, Structure
 
 LOGPROBS = "message.output_text.logprobs"
 # The others ask for parts of what tools, images and hidden reasoning leave behind, which no answer here has.
@@ -118,16 +119,33 @@ class _AsText:
 
 
 class TextFormat(StrictModel):
-    """`{"type": "text"}` and nothing else."""
+    """`text.format`: as `response_format` of chats, with the fields of a schema beside its type."""
 
-    type: Literal["text"]
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    name: str | None = Field(None, pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
+    description: str | None = Field(None, max_length=4096)
+    schema_: Schema | None = Field(None, alias="schema")
+    strict: bool = False
 
-    @field_validator("type", mode="before")
-    @classmethod
-    def _served(cls, value: object) -> object:
-        if value in ("json_object", "json_schema"):
-            raise ValueError(f"{value} is not supported by this server; text is")
-        return value
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        for name, value in (("name", self.name), ("schema", self.schema_)):
+            if (value is not None) != (self.type == "json_schema"):
+                what = "is required with" if value is None else "is only allowed with"
+                raise field_error(f"text.format.{name}", f"{what} type json_schema")
+        return self
+
+    def described(self) -> dict[str, Any]:
+        """As it was given."""
+        return {"type": self.type, **self.model_dump(by_alias=True, exclude_defaults=True)}
+
+    @property
+    def structure(self) -> Structure | None:
+        if self.type == "text":
+            return None
+        if self.schema_ is None:
+            return Structure("json", ANY_OBJECT, "text.format")
+        return Structure("json", self.schema_, "text.format.schema")
 
 
 class TextConfig(StrictModel):
@@ -197,6 +215,16 @@ class ResponseRequest(GenerationFields):
         return LOGPROBS in self.include
 
     @property
+    def format(self) -> TextFormat:
+        """What the text has to look like."""
+        return (None if self.text is None else self.text.format) or TextFormat.model_validate({})
+
+    @property
+    def _structures(self) -> list[Structure]:
+        formatted = self.format.structure
+        return [*([] if formatted is None else [formatted]), *super()._structures]
+
+    @property
     def messages(self) -> list[Message]:
         """Instructions and input as one chat."""
         chat = [item.message for item in self.input]
@@ -235,7 +263,7 @@ def response_body(request: ResponseRequest, id: str, created: int, **state: Any)
         "service_tier": "default",
         "store": False,
         "temperature": request.temperature,
-        "text": {"format": {"type": "text"}},
+        "text": {"format": request.format.described()},
         "tool_choice": "auto",
         "tools": [],
         "top_logprobs": request.top_logprobs or 0,

@@ -140,6 +140,19 @@ def test_extensions_work_as_in_chats(served: Served) -> None:
     assert raw.headers["x-loramux-experts"] == "law=1"
 
 
+def test_a_format_is_the_grammar_that_chats_have(served: Served) -> None:
+    schema = {key: SCHEMA[key] for key in ("name", "strict", "schema")}
+    served.chat("math", response_format={"type": "json_schema", "json_schema": schema})
+    grammar = served.engine.works[-1].grammar
+    answer = create(served, text={"format": SCHEMA})
+    assert served.engine.works[-1].grammar == grammar is not None
+    assert answer.model_dump()["text"]["format"]["name"] == "point"
+    create(served, text={"format": {"type": "json_object"}})
+    assert served.engine.works[-1].grammar not in (None, grammar)
+    create(served)
+    assert served.engine.works[-1].grammar is None
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -155,6 +168,10 @@ def test_fields_that_ask_for_nothing_are_taken(served: Served, fields: dict[str,
     assert create(served, **fields).output_text == "Hello, world."
 
 
+SCHEMA: dict[str, Any] = {
+    "type": "json_schema", "name": "point", "strict": True,
+    "schema": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]},
+}  # fmt: skip
 IMAGE = {"type": "input_image", "image_url": "data:,"}
 TOOL = {"type": "function", "name": "f", "parameters": {}, "strict": None}
 
@@ -175,7 +192,12 @@ TOOL = {"type": "function", "name": "f", "parameters": {}, "strict": None}
         ({"reasoning": {"summary": "auto"}}, "reasoning.summary", "unsupported_field"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort", "unsupported_field"),
         ({"truncation": "auto"}, "truncation", "invalid_value"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format.type", "invalid_value"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type", "invalid_value"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "invalid_value"),
+        ({"text": {"format": {"type": "json_object", "schema": {}}}}, "text.format.schema", "invalid_value"),
+        ({"text": {"format": SCHEMA | {"schema": {"type": 3}}}}, "text.format.schema", "invalid_grammar"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_field"),
+        ({"text": {"format": SCHEMA}, "guided_regex": "a"}, "guided_regex", "invalid_value"),
         ({"text": {"verbosity": "low"}}, "text.verbosity", "invalid_value"),
         ({"top_logprobs": 2}, "top_logprobs", "invalid_value"),
         ({"include": ["everything"]}, "include[0]", "invalid_value"),
