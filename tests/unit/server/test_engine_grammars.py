@@ -251,7 +251,7 @@ def test_the_end_of_a_grammar_is_the_end_of_the_answer() -> None:
             longest = await ask("a*", logit_bias={END: -100.0}, max_tokens=9)
             assert text_of(longest.tokens) == "a" * sum(map(len, map(VOCABULARY.text_bytes, longest.tokens)))
             assert longest.finished.reason == "length"
-            stopped = await ask("[0-9]{6}", stop_token_ids=frozenset(range(256)))
+            stopped = await ask("[0-9]{6}", stop_token_ids=frozenset(range(SIZE)))
             assert stopped.tokens == []
             scored = await ask("ab", max_tokens=0, prompt_logprobs=0)
             assert scored.finished.reason == "length"
