@@ -39,7 +39,9 @@ class TransformerBackend:
     def __init__(self, files: EncoderFiles, max_tokens: int, device: str) -> None:
         """Raises RouterFileError when transformers cannot load the model."""
         from transformers import AutoModel
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()  # it is there in a moment
         folder = files.weights_dir
         try:
             model = AutoModel.from_pretrained(

@@ -5,11 +5,22 @@ import sys
 
 import pytest
 
+from tests.kit import DEMO_POOL
+
 HEAVY = ("torch", "transformers", "peft", "sentence_transformers")
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["version"], ["config"], ["route", "find all txt files"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["version"],
+        ["config"],
+        # An encoder that is a transformer needs torch; a static one does not.
+        ["route", "--pool", str(DEMO_POOL), "find all txt files"],
+    ],
+    ids=lambda arguments: arguments[0],
 )
 def test_it_once_imported_the_engine(arguments: list[str]) -> None:
     script = f"""
