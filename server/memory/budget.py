@@ -12,7 +12,6 @@ from loramux.adapters.arena import row_bytes
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.peft_tensors import StackShape
 from loramux.adapters.sparse.read import SparseSize
-from loramux.kernels.gated_lora import takes_factors
 from loramux.kernels.packed_linear import Kinds
 from loramux.router.encoder_place import EncoderPlace
 from loramux.router.errors import RouterError
@@ -61,13 +60,6 @@ class Sizes:
             size for stacks in self.experts.values() for stack in stacks for size in stack.tensor_bytes(dtype)
         )
         return sum(1 << (size - 1).bit_length() if pinned else size for size in tensors)
-
-    def factors_dtype(self, target: Target) -> torch.dtype:
-        """The type of experts in memory: bfloat16, which a kernel of the CPU widens exactly, where all their
-        files are; else that of the base's computation."""
-        stored = {stack.dtype for stacks in self.experts.values() for stack in stacks}
-        kept = stored == {torch.bfloat16} and target.device.type == "cpu"
-        return torch.bfloat16 if kept and takes_factors(target.dtype, torch.bfloat16) else target.dtype
 
     def sparse_bytes(self, dtype: torch.dtype) -> int:
         """The sparse models on the device."""
@@ -173,7 +165,7 @@ class _Planner:
         Raises:
             StartError: residency.bytes has no room for the largest expert.
         """
-        factors = self.sizes.factors_dtype(self.target)
+        factors = self.target.dtype
         unit = self.unit(factors)
         ranks = [self.sizes.rank(expert) for expert in self.sizes.experts]
         largest = max(ranks, default=1)

@@ -14,7 +14,6 @@ from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.peft_format import measure_lora, read_lora, write_lora
 from loramux.adapters.sparse.model import Kind
 from loramux.adapters.sparse.read import SparseSize
-from loramux.kernels.gated_lora import takes_factors
 from loramux.server.engine.weights import QUANTIZED
 from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint, Target
@@ -206,16 +205,3 @@ def test_the_table_has_every_part_and_what_is_left(bench: Bench) -> None:
     ]  # fmt: skip
     plain = bench.plan(8192 * MIB, CUDA, host=4096 * MIB, engine={"cuda_graphs": "off"}).table()
     assert "graphs" not in plain
-
-
-def test_experts_in_bfloat16_stay_so_beside_a_float32_base(bench: Bench) -> None:
-    def with_files(*dtypes: torch.dtype) -> Sizes:
-        stacks = [stack for stacks in bench.sizes.experts.values() for stack in stacks]
-        experts = {str(n): [stacks[0]._replace(dtype=dtype)] for n, dtype in enumerate(dtypes)}
-        return replace(bench.sizes, experts=experts)
-
-    narrow = torch.bfloat16 if takes_factors(torch.float32, torch.bfloat16) else torch.float32
-    assert with_files(torch.bfloat16, torch.bfloat16).factors_dtype(CPU) == narrow
-    assert with_files(torch.bfloat16, torch.float32).factors_dtype(CPU) == torch.float32
-    assert with_files().factors_dtype(CPU) == torch.float32
-    assert with_files(torch.bfloat16).factors_dtype(CUDA) == torch.bfloat16
