@@ -129,6 +129,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("get", "/health"): Operation("Whether the process lives", answers.Status, errors=(503,), open=True),
     ("get", "/ready"): Operation("Whether it takes work", answers.Status, errors=(503,), open=True),
+    ("get", "/version"): Operation("The release that serves", answers.Version),
     ("get", "/metrics"): Operation("Metrics for Prometheus", "text/plain", open=True),
     ("get", "/"): Operation("The page", "text/html", errors=(), open=True),
     ("get", PATH): Operation("This document", {"type": "object"}, errors=(), open=True),

@@ -1,4 +1,6 @@
-"""`GET /health`: the process lives, and its engine. `GET /ready`: it takes work."""
+"""`GET /health`: the process and its engine live. `GET /ready`: it takes work. `GET /version`: which it is."""
+
+from importlib.metadata import version as installed_version
 
 from fastapi import APIRouter, Response
 
@@ -28,5 +30,9 @@ def health_routes(parts: Parts) -> APIRouter:
         if parts.lifecycle.phase is not Phase.READY:
             raise NotReady(f"the server is {parts.lifecycle.phase}")
         return Response(encode_json({"status": "ready"}), media_type="application/json")
+
+    @router.get("/version")
+    async def version() -> Response:
+        return Response(encode_json({"version": installed_version("loramux")}), media_type="application/json")
 
     return router

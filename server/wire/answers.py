@@ -379,3 +379,9 @@ class Status(TypedDict):
     """`ok` or `ready`."""
 
     status: str
+
+
+class Version(TypedDict):
+    """As vLLM says it."""
+
+    version: str

@@ -76,6 +76,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any] | None, int]] = [
     ("get", "/v1/models/nobody", None, 404),
     ("get", "/health", None, 200),
     ("get", "/ready", None, 200),
+    ("get", "/version", None, 200),
     ("post", CHAT, ASK, 200),
     ("post", CHAT, {**ASK, "logprobs": True, "top_logprobs": 2, "n": 2, "stop": "x", "store": False}, 200),
     ("post", CHAT, {**ASK, "lora": [{"id": "law", "scale": 0.5}], "temperature": None, "metadata": {}}, 200),
