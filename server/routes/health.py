@@ -1,4 +1,4 @@
-"""`GET /health`: the process and its engine live. `GET /ready`: it takes work. `GET /version`: which it is."""
+"""`GET /health`: process and engine live. `GET /ready`: it takes work. `GET /version`: its release."""
 
 from importlib.metadata import version as installed_version
 
