@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import pytest
 
+from loramux.router.store import load_router
 from loramux.server.pool.manifest import read_pool
 from loramux.server.settings import DEFAULT_POOL
 from tests.e2e.conftest import COMMAND, Server, serving
@@ -81,6 +82,14 @@ def test_every_expert_is_worth_its_place(server: Server) -> None:
     assert len(report["experts"]) == len(read_pool(DEFAULT_POOL).manifest.experts) == 10
     for line in report["experts"]:
         assert line["expert_loss"] < 6 / 7 * line["base_loss"], line["id"]
+
+
+def test_every_prompt_to_try_goes_to_its_expert() -> None:
+    router = load_router(DEFAULT_POOL / "router")
+    for expert in read_pool(DEFAULT_POOL).manifest.experts:
+        assert expert.examples
+        for decision in router.decide(expert.examples):
+            assert decision.experts[0].id == expert.id
 
 
 def test_the_weights_stay_in_4_bits(server: Server) -> None:
