@@ -36,13 +36,11 @@ _FOREIGN = (
 
 
 class StackShape(NamedTuple):
-    """What one stack of factors will measure, known from a file's header, and its type there: float32 where
-    the file mixes types."""
+    """What one stack of factors will measure, known from a file's header."""
 
     modules: int
     rank: int
     shape: tuple[int, int]
-    dtype: torch.dtype = torch.float32
 
     def tensor_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes of its two tensors, A and B."""
@@ -94,11 +92,10 @@ def read_shapes(path: Path, settings: LoraSettings, base: BaseShapes) -> tuple[S
     """
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = _TensorFile(path, file, settings, base)
-            groups, dtype = tensors.groups(), tensors.dtype()
+            groups = _TensorFile(path, file, settings, base).groups()
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(f"{path}: not a readable safetensors file: {error}") from error
-    return tuple(StackShape(len(members), rank, shape, dtype) for (rank, shape), members in groups.items())
+    return tuple(StackShape(len(members), rank, shape) for (rank, shape), members in groups.items())
 
 
 @dataclass(frozen=True)
@@ -109,13 +106,12 @@ class _TensorFile:
     base: BaseShapes
 
     def stacks(self, dtype: torch.dtype | None) -> tuple[FactorStack, ...]:
-        dtype = dtype or self.dtype()
-        return tuple(self._stack(members, dtype) for members in self.groups().values())
-
-    def dtype(self) -> torch.dtype:
-        """The type of the file, float32 where it mixes types."""
-        found = {self._dtype(key) for sides in self._keys().values() for key in sides.values()}
-        return found.pop() if len(found) == 1 else torch.float32
+        groups = self.groups()
+        if dtype is None:
+            items = [item for members in groups.values() for item in members.values()]
+            found = {self._dtype(key) for item in items for key in (item.a_key, item.b_key)}
+            dtype = found.pop() if len(found) == 1 else torch.float32
+        return tuple(self._stack(members, dtype) for members in groups.values())
 
     def groups(self) -> dict[tuple[int, tuple[int, int]], dict[str, _Factors]]:
         """(rank, shape) -> module -> its factors; each group becomes one stack."""

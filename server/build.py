@@ -88,13 +88,12 @@ def build(settings: Settings) -> Parts:
         read_adapter,
         shapes=shapes,
         dtype=target.dtype,
-        factors=budget.factors,
         pinned=target.device.type == "cuda",
     )
-    experts = read_experts(pool, shapes, budget.factors)
+    experts = read_experts(pool, shapes, target.dtype)
     if target.device.type == "cuda":
         experts = {name: expert.pinned() for name, expert in experts.items()}
-    arena = Arena(shapes, budget.rows, dtype=budget.factors, device=model.device)
+    arena = Arena(shapes, budget.rows, dtype=target.dtype, device=model.device)
     residency = make_residency(settings, experts, arena)
     layers = AdapterLayers(model, arena)
     grammars = make_grammars(tokenizer, model)
@@ -344,11 +343,9 @@ def read_adapter(
     *,
     shapes: BaseShapes,
     dtype: torch.dtype,
-    factors: torch.dtype,
     pinned: bool,
 ) -> LoraAdapter | SparseModel:
-    """A directory below the adapter root, whichever of the two it holds: a sparse model in `dtype`, a LoRA in
-    `factors`.
+    """A directory below the adapter root, whichever of the two it holds.
 
     Raises:
         AdapterError: it is damaged, unsupported, or does not fit the base, or an option is not for its kind.
@@ -357,5 +354,5 @@ def read_adapter(
         return read_sparse(folder, id=name, base=shapes, dtype=dtype, options=options)
     if given := sorted(key for key, value in asdict(replace(options, any_base=False)).items() if value):
         raise UnsupportedAdapterError(f"{given[0]} is for sparse models; {folder.name} is a LoRA")
-    adapter = read_lora(folder, id=name, base=shapes, dtype=factors, any_base=options.any_base)
+    adapter = read_lora(folder, id=name, base=shapes, dtype=dtype, any_base=options.any_base)
     return adapter.pinned() if pinned else adapter

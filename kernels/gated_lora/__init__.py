@@ -33,18 +33,12 @@ __all__ = [
     "dense_gate",
     "gated_lora_reference",
     "plan_step",
-    "takes_factors",
 ]
-
-
-def takes_factors(activations: torch.dtype, factors: torch.dtype) -> bool:
-    """Whether a kernel of the CPU takes factors of this type beside such activations."""
-    return (activations, factors) in FUNCTIONS and library() is not None
 
 
 def choose_form(device: torch.device, activations: torch.dtype, factors: torch.dtype) -> Form:
     """The fastest form that this machine has for inputs and factors of these kinds."""
-    if device.type == "cpu" and takes_factors(activations, factors):
+    if device.type == "cpu" and (activations, factors) in FUNCTIONS and library() is not None:
         return NativeForm(activations, factors)
     if device.type == "cuda" and activations == factors and find_spec("triton") is not None:
         from loramux.kernels.gated_lora.cuda import TritonForm  # compiles, and needs triton

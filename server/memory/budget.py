@@ -73,7 +73,6 @@ class Wish:
     dtype: torch.dtype
     quantization: str
     kinds: Kinds | None
-    factors: torch.dtype
     slot_bytes: int
     kv_tokens: int | None
     step_tokens: int
@@ -98,7 +97,6 @@ class Budget:
     router: int
     rows: int
     kv_tokens: int
-    factors: torch.dtype
     details: Mapping[str, str]
 
     def table(self) -> str:
@@ -165,8 +163,7 @@ class _Planner:
         Raises:
             StartError: residency.bytes has no room for the largest expert.
         """
-        factors = self.target.dtype
-        unit = self.unit(factors)
+        unit = self.unit(self.target.dtype)
         ranks = [self.sizes.rank(expert) for expert in self.sizes.experts]
         largest = max(ranks, default=1)
         allowed = self.settings.residency.bytes
@@ -186,7 +183,6 @@ class _Planner:
             dtype=self.target.dtype,
             quantization=self.target.quantization,
             kinds=self.target.kinds,
-            factors=factors,
             slot_bytes=rows * unit,
             kv_tokens=engine.kv_tokens,
             step_tokens=engine.max_batch_tokens,
@@ -202,7 +198,7 @@ class _Planner:
         return self.sizes.blueprint.weight_bytes(wish.dtype, wish.quantization, wish.kinds)
 
     def pool(self, wish: Wish) -> int:
-        return self.sizes.pool_bytes(wish.factors, pinned=not self.one_memory)
+        return self.sizes.pool_bytes(wish.dtype, pinned=not self.one_memory)
 
     def sparse(self, wish: Wish) -> int:
         """The sparse models of the pool, with room for later ones and for arrow."""
@@ -287,7 +283,7 @@ class _Planner:
         if wish.kv_tokens is not None and (tokens := self.tokens_that_fit(wish)) >= LEAST_KV_TOKENS:
             ways.append(f"engine.kv_tokens at most {tokens}")
         largest = max((self.sizes.rank(expert) for expert in self.sizes.experts), default=1)
-        if wish.slot_bytes - deficit >= largest * self.unit(wish.factors):
+        if wish.slot_bytes - deficit >= largest * self.unit(wish.dtype):
             ways.append(f"residency.bytes at most {wish.slot_bytes - deficit}")
         others = {
             f"quantization: {self.smallest}": self._quantized(wish),
@@ -304,8 +300,7 @@ class _Planner:
     def _narrowed(self, wish: Wish) -> Wish:
         if wish.dtype != torch.float32:
             return wish
-        slots = wish.slot_bytes * torch.bfloat16.itemsize // wish.factors.itemsize
-        return replace(wish, dtype=torch.bfloat16, kinds=None, factors=torch.bfloat16, slot_bytes=slots)
+        return replace(wish, dtype=torch.bfloat16, kinds=None, slot_bytes=wish.slot_bytes // 2)
 
     def check_host(self, wish: Wish) -> None:
         """Beside a GPU, the pool must fit into the machine's own memory.
@@ -323,7 +318,7 @@ class _Planner:
     def budget(self, wish: Wish) -> Budget:
         blueprint = self.sizes.blueprint
         tokens = wish.kv_tokens or min(wish.running * blueprint.positions, self.tokens_that_fit(wish))
-        rows = wish.slot_bytes // self.unit(wish.factors)
+        rows = wish.slot_bytes // self.unit(wish.dtype)
         kind = wish.quantization
         if kind == "none":
             kind = self.target.dtype_name if wish.kinds is None else str(wish.kinds.linear)
@@ -342,7 +337,6 @@ class _Planner:
             router=self.sizes.router_bytes,
             rows=rows,
             kv_tokens=tokens,
-            factors=wish.factors,
             details={
                 "base": f"{blueprint.parameters / 1e6:,.1f} M parameters, {kind}",
                 "pool": f"{len(self.sizes.experts)} experts in memory of the host",
