@@ -126,4 +126,8 @@ def test_without_the_library_weights_are_decoded(tmp_path: Path, monkeypatch: py
     assert target.kinds is None
     model = load_base(base.folder, dtype="float32", device="cpu")
     prepare(model, target.device, target.dtype, target.kinds, found)
-    torch.testing.assert_close(logits(model), logits(wanted), atol=1e-2, rtol=0)
+    assert target.dtype == torch.float32
+    for name, value in wanted.named_parameters():
+        if value.ndim == 2 and TYPES[name.split(".")[-2]] not in (Type.F16, Type.BF16, Type.F32):
+            value.copy_(value.half())
+    torch.testing.assert_close(logits(model), logits(wanted), atol=5e-5, rtol=0)
