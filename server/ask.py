@@ -19,11 +19,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """One sequence to generate: choice `index` of the answer."""
+    """One sequence to generate: choice `index` of the answer. `prompt_logprobs` and `explains`: its prompt is
+    scored, and that is part of the explanation."""
 
     index: int
     prompt: Prompt
     sampling: Sampling
+    prompt_logprobs: int | None = None
+    explains: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,11 @@ class Ask:
         """As OpenAI counts them: each prompt once, whatever `n` is."""
         return sum(len(prompt.tokens) for prompt in self.prompts)
 
+    @property
+    def explains(self) -> bool:
+        """Whether the answer says what routing did to the prompt's own loss."""
+        return self.routing is not None and self.routing.explain
+
     def sequences(self) -> list[Sequence]:
         """Every choice of every prompt, in the order of the answer."""
         return [
@@ -62,6 +70,11 @@ class Ask:
                 sampling=replace(
                     self.sampling, max_tokens=prompt.max_tokens, seed=choice_seed(self.sampling.seed, choice)
                 ),
+                # Of several choices the first scores the prompt that they share.
+                prompt_logprobs=0
+                if self.explains and choice == 0 and self.prompt_logprobs is None
+                else self.prompt_logprobs,
+                explains=self.explains and choice == 0,
             )
             for position, prompt in enumerate(self.prompts)
             for choice in range(self.n)

@@ -30,8 +30,10 @@ from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.slot import SparseSlot, place
 from loramux.router.service import RoutingService
 from loramux.server.admin import AdapterAdmin
+from loramux.server.audit import Audits
 from loramux.server.base_files import BaseFiles
 from loramux.server.catalog import Catalog
+from loramux.server.counterfactuals import Counterfactuals
 from loramux.server.engine.gguf.weights import GgufWeights
 from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.local import EngineLimits, LocalEngine
@@ -176,6 +178,14 @@ def connect(
         metrics=metrics,
     )
     leases = Leases(residency, shelf, arrows)
+    counterfactuals = Counterfactuals(engine, leases, selector)
+    audits = Audits(
+        counterfactuals,
+        share=settings.routing.audit_share,
+        stats=engine.stats,
+        metrics=metrics,
+        lifecycle=lifecycle,
+    )
     pipeline = Pipeline(
         selector=selector,
         leases=leases,
@@ -183,6 +193,8 @@ def connect(
         vocabulary=vocabulary,
         metrics=metrics,
         lifecycle=lifecycle,
+        counterfactuals=counterfactuals,
+        audits=audits,
         traces=traces,
     )
     return Parts(

@@ -26,9 +26,16 @@ class Begun:
     cached_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The prompt of a sequence under what serves it, for the explanation that was asked for."""
+
+    scores: tuple[TokenScore, ...]
+
+
 async def decode(
     engine: Engine, vocabulary: Vocabulary, ask: Ask, job_id: str, adapter: object
-) -> AsyncGenerator[Begun | Delta]:
+) -> AsyncGenerator[Begun | Scored | Delta]:
     """All sequences of `ask` at once, their events as they come.
 
     Closing it aborts every sequence and returns when the engine has let go of all of them.
@@ -44,12 +51,12 @@ async def decode(
 
 async def _sequence(
     engine: Engine, vocabulary: Vocabulary, ask: Ask, sequence: AskSequence, work_id: str, adapter: object
-) -> AsyncGenerator[Begun | Delta]:
+) -> AsyncGenerator[Begun | Scored | Delta]:
     index, prompt = sequence.index, sequence.prompt
     detokenizer = Detokenizer(vocabulary, frozenset() if ask.tools is None else ask.tools.visible)
     stops = StopScanner(ask.stop)
     reader = TextReader() if ask.tools is None else ask.tools.reader(vocabulary, prompt.tokens)
-    work = Work(work_id, prompt.tokens, sequence.sampling, adapter, ask.prompt_logprobs, ask.grammar)
+    work = Work(work_id, prompt.tokens, sequence.sampling, adapter, sequence.prompt_logprobs, ask.grammar)
     async with aclosing(engine.run(work)) as events:
         async for event in events:
             match event:
@@ -58,7 +65,10 @@ async def _sequence(
                     if ask.echo and ask.prompt_logprobs is None:
                         yield Delta(index, prompt.text, echo=True)
                 case PromptScored():
-                    yield Delta(index, prompt.text, _echoed(vocabulary, event.scores), echo=True)
+                    if sequence.explains:
+                        yield Scored(event.scores)
+                    if ask.prompt_logprobs is not None:
+                        yield Delta(index, prompt.text, _echoed(vocabulary, event.scores), echo=True)
                 case Token():
                     text = detokenizer.feed(event.score.id)
                     said = reader.feed(stops.feed(text))

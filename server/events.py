@@ -1,5 +1,6 @@
 """What the pipeline yields: one `Opened`, then `Delta`s of any choice, then one `Closed`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,11 +73,12 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """Every choice has ended. Counts for `usage`."""
+    """Every choice has ended. Counts for `usage`, and the `explain` object where it was asked for."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    explanation: Mapping[str, Any] | None = None
 
 
 Event = Opened | Delta | Closed

@@ -5,7 +5,7 @@ scrape. Every label is bounded: by the pool, by the routes, or by `MAX_LABELS`.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -160,6 +160,21 @@ class Metrics:
             registry=own,
         )
         self._routable = Gauge("loramux_routable_experts", "Experts that can be routed to now.", registry=own)
+        self._audits = Counter(
+            "loramux_audits", "Audits of routed answers by how they ended.", ("outcome",), registry=own
+        )
+        self._audit_tokens = Counter(
+            "loramux_audit_tokens",
+            "Prompt tokens that audits scored, by best expert.",
+            ("expert",),
+            registry=own,
+        )
+        self._audit_losses = Counter(
+            "loramux_audit_loss_nats",
+            "Summed loss of those tokens under the base, the best expert alone and the blend.",
+            ("expert", "mixture"),
+            registry=own,
+        )
         self._merge_seconds = Histogram(
             "loramux_merge_seconds",
             "Merging a blend that was not resident.",
@@ -283,6 +298,23 @@ class Metrics:
             self._entropy.observe(entropy)
         if truncated:
             self._truncated.inc()
+
+    def audited(
+        self,
+        outcome: str,
+        expert: str | None = None,
+        tokens: int = 0,
+        losses: Mapping[str, float] | None = None,
+    ) -> None:
+        """An audit ended: `outcome` is measured, dropped or failed; `losses` are sums over `tokens` by
+        mixture, and `expert` is the best one, which stands for the domain."""
+        self._audits.labels(outcome).inc()
+        if expert is None or losses is None:
+            return
+        domain = self._bounded("expert", expert)
+        self._audit_tokens.labels(domain).inc(tokens)
+        for mixture, nats in losses.items():
+            self._audit_losses.labels(domain, mixture).inc(nats)
 
     def route_stage(self, stage: str, seconds: float) -> None:
         """A batch of texts went through one stage of the router."""

@@ -7,7 +7,9 @@ from contextlib import aclosing, contextmanager
 
 from loramux.adapters.residency import Lease
 from loramux.server.ask import Ask
-from loramux.server.decoding import Begun, decode
+from loramux.server.audit import Audits
+from loramux.server.counterfactuals import Counterfactuals
+from loramux.server.decoding import Begun, Scored, decode
 from loramux.server.engine.protocol import Engine
 from loramux.server.events import BlendReport, Closed, Delta, Event, Opened
 from loramux.server.job import Job, State
@@ -31,6 +33,8 @@ class Pipeline:
         vocabulary: Vocabulary,
         metrics: Metrics,
         lifecycle: Lifecycle,
+        counterfactuals: Counterfactuals,
+        audits: Audits,
         traces: Traces = NO_TRACES,
     ) -> None:
         self._selector = selector
@@ -39,6 +43,8 @@ class Pipeline:
         self._vocabulary = vocabulary
         self._metrics = metrics
         self._lifecycle = lifecycle
+        self._counterfactuals = counterfactuals
+        self._audits = audits
         self._traces = traces
 
     async def run(self, ask: Ask) -> AsyncGenerator[Event]:
@@ -62,6 +68,7 @@ class Pipeline:
                 async with aclosing(self._generate(ask, job, selection, lease)) as events:
                     async for event in events:
                         yield event
+            self._audits.offer(ask, selection, job.id)
 
     async def _generate(
         self, ask: Ask, job: Job, selection: Selection, lease: Lease
@@ -76,19 +83,29 @@ class Pipeline:
             self._metrics.merged(lease.method, lease.seconds, lease.relative_error, lease.rank)
         cached_tokens = 0
         announced = False
-        async with aclosing(decode(self._engine, self._vocabulary, ask, job.id, lease.handle)) as items:
+        async with (
+            self._counterfactuals.beside(ask, selection, lease, job.id) as explaining,
+            aclosing(decode(self._engine, self._vocabulary, ask, job.id, lease.handle)) as items,
+        ):
             async for item in items:
                 if not announced:
                     announced = True
+                    if explaining is not None:
+                        explaining.check()
                     yield opened
-                if isinstance(item, Begun):
-                    job.started()
-                    # A prompt counts once in `usage`, and so do its cached tokens: with the first choice.
-                    cached_tokens += item.cached_tokens if item.index % ask.n == 0 else 0
-                else:
-                    self._stamp(job, item)
-                    yield item
-        yield Closed(ask.prompt_tokens, job.completion_tokens, cached_tokens)
+                match item:
+                    case Begun():
+                        job.started()
+                        # A prompt counts once in `usage`, and so do its cached tokens: with the first choice.
+                        cached_tokens += item.cached_tokens if item.index % ask.n == 0 else 0
+                    case Scored():
+                        assert explaining is not None
+                        explaining.served(item.scores)
+                    case Delta():
+                        self._stamp(job, item)
+                        yield item
+            explained = None if explaining is None else (await explaining.result()).body()
+        yield Closed(ask.prompt_tokens, job.completion_tokens, cached_tokens, explained)
 
     def _stamp(self, job: Job, delta: Delta) -> None:
         if delta.tokens and not delta.echo:

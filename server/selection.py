@@ -18,7 +18,7 @@ from loramux.server.catalog import Catalog, Kind
 from loramux.server.errors import RequestError
 from loramux.server.leases import Mixture, SparseChoice
 from loramux.server.metrics import Metrics
-from loramux.server.settings import RoutingSettings
+from loramux.server.routing_settings import RoutingSettings
 from loramux.server.wire.decision import explained, scored
 from loramux.server.wire.experts import map_body
 from loramux.server.wire.generation import ARROW, RoutingFields
@@ -77,6 +77,11 @@ class Selection:
         if self.arrow is not None:
             return "*"
         return ",".join(f"{expert.id}={expert.weight:g}" for expert in self.experts)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the router weighted experts for it."""
+        return self.strategy not in (NAMED, GIVEN) and bool(self.experts)
 
     def body(self) -> dict[str, Any]:
         """The `route` object of an answer."""
@@ -193,6 +198,19 @@ class Selector:
         # Routed weights share blends by a coarse grid; a client's own mixture is served as it is written.
         grid = EXACT_GRID if selection.strategy == GIVEN else self._step
         return Blend.of(parts, method=selection.method, grid=grid)
+
+    def top1(self, selection: Selection) -> Blend | None:
+        """The expert of the largest weight, alone and whole; `None` where none is weighted.
+
+        Raises:
+            UnknownModel: it has been unloaded.
+        """
+        if selection.arrow is not None or not selection.experts:
+            return None
+        best = max(selection.experts, key=lambda expert: expert.weight)
+        if best.id in self._catalog.sparse:
+            return None
+        return self.blend(replace(selection, experts=(replace(best, weight=1.0),)))
 
     def chart(self, similarities: Mapping[str, float] | None = None) -> dict[str, Any]:
         """The map of the experts that can be routed to, and on it the text of these cosines by router id."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -20,19 +20,16 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from loramux.adapters.blend import METHOD_OPTIONS
 from loramux.server.errors import StartError
+from loramux.server.routing_settings import RoutingSettings
+from loramux.server.section import Section
 
 ENV_PREFIX = "LORAMUX_"
 CONFIG_VARIABLE = "LORAMUX_CONFIG"
 DEFAULT_POOL = Path(__file__).parent / "default_pool"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Limits(_Section):
+class Limits(Section):
     """What one request may ask for. Over a limit is a 400 that names the field (a 413 for the body)."""
 
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024, description="Bytes of one request body.")
@@ -66,7 +63,7 @@ class Limits(_Section):
     )
 
 
-class EngineSettings(_Section):
+class EngineSettings(Section):
     """Continuous batching."""
 
     max_running: int = Field(default=32, ge=1, description="Sequences decoded together.")
@@ -90,7 +87,7 @@ class EngineSettings(_Section):
     )
 
 
-class ResidencySettings(_Section):
+class ResidencySettings(Section):
     """Merged blends kept on the device."""
 
     bytes: int = Field(
@@ -123,7 +120,7 @@ class ResidencySettings(_Section):
     )
 
 
-class ToolSettings(_Section):
+class ToolSettings(Section):
     """Calls of tools."""
 
     format: Literal["auto", "hermes", "llama3", "mistral", "qwen"] = Field(
@@ -131,34 +128,6 @@ class ToolSettings(_Section):
         description="How the base writes calls; auto asks its tokenizer: a response template, else what the "
         "chat template speaks of.",
     )
-
-
-class RoutingSettings(_Section):
-    """Defaults of `routing` in a request."""
-
-    strategy: Literal["similarity", "classifier", "hybrid"] = Field(
-        default="hybrid",
-        description="Cosine to the centroids, classifier probability, or their weighted average.",
-    )
-    top_m: int = Field(default=3, ge=1, description="Experts in a routed blend.")
-    policy: Literal["proportional", "softmax", "hydra_minmax"] = Field(
-        default="softmax", description="How scores become weights."
-    )
-    temperature: float | None = Field(
-        default=None, gt=0, description="Softmax temperature; unset: the pool's calibrated one."
-    )
-    threshold: float | None = Field(
-        default=None,
-        description="Best score under which the base answers alone; unset: the pool's calibrated one.",
-    )
-    merge: str = Field(default="exact", description="Merge method of routed blends.")
-
-    @field_validator("merge")
-    @classmethod
-    def _known_method(cls, value: str) -> str:
-        if value not in METHOD_OPTIONS:
-            raise ValueError(f"must be one of {', '.join(METHOD_OPTIONS)}")
-        return value
 
 
 class Settings(BaseSettings):
@@ -335,7 +304,7 @@ def api_keys(settings: Settings) -> tuple[str, ...]:
 def setting_names(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, str, object]]:
     """`(dotted name, description, default)` of every setting, in order."""
     for name, info in section.model_fields.items():
-        if isinstance(info.default, _Section):
+        if isinstance(info.default, Section):
             yield from setting_names(type(info.default), f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info.description or "", info.default

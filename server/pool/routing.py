@@ -4,7 +4,8 @@ from loramux.router.decision import RoutingOptions
 from loramux.router.router import Router
 from loramux.router.store import load_router
 from loramux.server.pool.manifest import Pool, PoolError, read_pool, verify
-from loramux.server.settings import RoutingSettings, Settings
+from loramux.server.routing_settings import RoutingSettings
+from loramux.server.settings import Settings
 
 
 def open_pool(settings: Settings) -> Pool:

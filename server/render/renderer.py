@@ -32,8 +32,9 @@ class Renderer(ABC):
     logprobs: bool
 
     async def chunks(self, events: Events) -> AsyncGenerator[Body]:
-        """One body an event; the first has the `loramux` object and no text."""
+        """One body an event; the first has the `loramux` object and no text, a last one what is explained."""
         first: dict[str, str] = {}
+        opened: dict[str, Any] = {}
         so_far = Closed(0, 0, 0)
         async with aclosing(events) as items:
             async for event in items:
@@ -43,16 +44,19 @@ class Renderer(ABC):
                     counts["usage"] = usage(so_far)
                 match event:
                     case Opened():
-                        first = headers(event)
+                        first, opened = headers(event), event.body()
                         opening = self.next_choices(Delta(0))
-                        yield self.envelope.chunk(opening, loramux=event.body(), **counts), first
+                        yield self.envelope.chunk(opening, loramux=opened, **counts), first
                     case Delta() if (
                         event.text or event.finish or event.calls or (event.tokens and self.logprobs)
                     ):
                         for choice in self.next_choices(event):
                             yield self.envelope.chunk([choice], **counts), first
-                    case Closed() if self.envelope.usage:
-                        yield self.envelope.chunk([], usage=usage(event)), first
+                    case Closed() if self.envelope.usage or event.explanation is not None:
+                        last: dict[str, Any] = {"usage": usage(event)} if self.envelope.usage else {}
+                        if event.explanation is not None:
+                            last["loramux"] = {**opened, "explain": event.explanation}
+                        yield self.envelope.chunk([], **last), first
 
     async def whole(self, events: Events) -> Body:
         """The same events, folded into one answer."""
@@ -73,6 +77,8 @@ class Renderer(ABC):
                         whole.finish = event.finish or whole.finish
                     case Closed():
                         extra["usage"] = usage(event)
+                        if event.explanation is not None:
+                            extra["loramux"]["explain"] = event.explanation
         bodies = [self.whole_choice(index, whole) for index, whole in sorted(choices.items())]
         return self.envelope.body(bodies, **extra), first
 

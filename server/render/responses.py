@@ -90,6 +90,8 @@ class ResponseRenderer:
         status = "incomplete" if cut else "completed"
         message = self._message(status)
         self._extra["usage"] = _usage(event)
+        if event.explanation is not None:
+            self._extra["loramux"] = {**self._extra["loramux"], "explain": event.explanation}
         if cut:
             self._extra["incomplete_details"] = {"reason": "max_output_tokens"}
         else:

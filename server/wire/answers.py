@@ -8,6 +8,8 @@ from typing import Any, Literal, NotRequired
 # pydantic reads that of `typing` from Python 3.12 on.
 from typing_extensions import TypedDict
 
+from loramux.server.wire.provenance import Provenance, ScoredExpert
+
 FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -40,43 +42,6 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
-
-
-class ScoredExpert(TypedDict):
-    """An expert with its share of the blend, null where each token has its own; the router's numbers are null
-    where nothing was routed."""
-
-    id: str
-    weight: float | None
-    similarity: float | None
-    probability: float | None
-    score: float | None
-
-
-class Route(TypedDict):
-    """How the experts of an answer were chosen."""
-
-    strategy: str
-    experts: list[ScoredExpert]
-    fallback: bool
-    truncated: bool
-
-
-class BlendFields(TypedDict):
-    """What the experts were merged into."""
-
-    key: str
-    method: str
-    rank: int
-    relative_error: float
-    cached: bool
-
-
-class Provenance(TypedDict):
-    """The extension of every answer: route and blend."""
-
-    route: Route
-    blend: BlendFields
 
 
 class TokenScore(TypedDict):

@@ -49,6 +49,9 @@ class CompletionRequest(GenerationFields):
         limit = limits_of(info).max_sequences
         if len(self.prompt) * self.n > limit:
             raise field_error("n", f"times {len(self.prompt)} prompts is over {limit} sequences")
+        # Base and best expert score each prompt once beside what is generated.
+        if self.explains and len(self.prompt) * (self.n + 2) > limit:
+            raise field_error("routing.explain", f"of {len(self.prompt)} prompts is over {limit} sequences")
         if self.max_tokens == 0 and not self.echo:
             raise field_error("max_tokens", "may be 0 only with echo")
         return self

@@ -61,6 +61,7 @@ class RoutingFields(StrictModel):
     temperature: float | None = Field(None, ge=1e-4, le=1000)
     threshold: float | None = Field(None, ge=-1000, le=1000)
     merge: str | None = Field(None, min_length=1, max_length=32)
+    explain: bool = False
 
     @field_validator("top_m")
     @classmethod
@@ -109,6 +110,11 @@ class GenerationFields(StructuredFields):
             "tools", "verbosity", "web_search_options",
         }
     )  # fmt: skip
+
+    @property
+    def explains(self) -> bool:
+        """Whether the answer says what routing did to the prompt's own loss."""
+        return self.routing is not None and self.routing.explain
 
     @field_validator("temperature")
     @classmethod

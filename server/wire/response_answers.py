@@ -4,7 +4,8 @@ from typing import Any, Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from loramux.server.wire.answers import Provenance, ScoredChatToken
+from loramux.server.wire.answers import ScoredChatToken
+from loramux.server.wire.provenance import Provenance
 
 
 class OutputText(TypedDict):

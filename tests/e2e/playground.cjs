@@ -37,7 +37,7 @@ async function ask(page, text) {
 async function set(page, values) {
   if (!await page.isVisible("#settings")) await page.click("#open-settings");
   for (const [name, value] of Object.entries(values)) {
-    if (["strategy", "theme"].includes(name)) await page.selectOption("#" + name, value); else await page.fill("#" + name, value);
+    if (["strategy", "explain", "theme"].includes(name)) await page.selectOption("#" + name, value); else await page.fill("#" + name, value);
   }
   await page.click("[data-close=panel]");
 }
@@ -218,6 +218,18 @@ const checks = {
     await page.click("#new");
     await ask(page, LOGS);
     assert.deepEqual(Object.keys(page.sent[1]).sort(), ["max_tokens", "messages", "model", "stream", "stream_options"]);
+  },
+
+  async "what routing gained is said when it is asked for"() {
+    const page = await open();
+    await set(page, { explain: "yes", max_tokens: "3" });
+    await ask(page, LOGS);
+    assert.deepEqual(page.sent[0].routing, { explain: true });
+    await page.locator("[aria-label='Why these experts']").last().click();
+    const body = { model: "auto", messages: page.sent[0].messages, max_tokens: 3, routing: { explain: true } };
+    const { explain } = (await api("/v1/chat/completions", body)).loramux;
+    const told = (await page.innerText("#why")).replaceAll("−", "-");
+    for (const part of ["What routing gained", `${explain.tokens} tokens`, explain.base.loss.toFixed(3), explain.blend.loss.toFixed(3), `${explain.top1.expert} alone`]) assert.ok(told.includes(part), `${part} is not in ${told}`);
   },
 
   async "an own mixture is sent as it is set"() {

@@ -19,7 +19,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import Server, serving
 from tests.panels import RULES, Query, panel_queries, rule_queries
 
 PROMETHEUS, PROMTOOL = shutil.which("prometheus"), shutil.which("promtool")
@@ -102,6 +102,13 @@ class Prometheus:
             return bool(found) and float(found[0]["value"][1]) > asked
 
         eventually(scraped, "the server was not scraped")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """One of its own, which audits what it routes."""
+    with serving("--set", "routing.audit_share=1") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,8 @@ REQUESTS: list[tuple[str, str, dict[str, Any] | None, int]] = [
     ("post", CHAT, {**ASK, "logprobs": True, "top_logprobs": 2, "n": 2, "stop": "x", "store": False}, 200),
     ("post", CHAT, {**ASK, "lora": [{"id": "law", "scale": 0.5}], "temperature": None, "metadata": {}}, 200),
     ("post", CHAT, {**ASK, "routing": {"strategy": "arrow"}}, 200),
+    ("post", CHAT, {**ASK, "routing": {"explain": True}}, 200),
+    ("post", RESPONSES, {**INPUT, "routing": {"explain": True}}, 200),
     ("post", CHAT, {**ASK, "model": BASE}, 200),
     ("post", CHAT, {**ASK, "model": "nobody"}, 404),
     ("post", COMPLETIONS, {**PROMPT, "echo": True, "logprobs": 1, "max_tokens": 2}, 200),

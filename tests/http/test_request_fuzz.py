@@ -261,6 +261,7 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
         {},
         optional={
             "strategy": st.sampled_from(["similarity", "classifier", "hybrid", "arrow", "x"]),
+            "explain": st.sampled_from([True, False, None, 1, "x"]),
             "policy": st.sampled_from(["proportional", "softmax", "hydra_minmax", None]),
             "merge": st.sampled_from(["exact", "svd", "linear", "ties", "dare_ties", "magnitude_prune", "y"]),
             **{

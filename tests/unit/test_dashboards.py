@@ -46,6 +46,7 @@ def labels_by_sample() -> dict[str, set[str]]:
     metrics.closed(job)
     metrics.token_gap(0.1)
     metrics.routed("routed", ["law"], nearest="law", margin=0.1, entropy=1.0, truncated=True)
+    metrics.audited("measured", "law", 9, {"base": 2.0, "top1": 1.5, "blend": 1.0})
     metrics.route_stage("embed", 0.1)
     metrics.merged("exact", 0.1, 0.0, 4)
     metrics.answered("GET", "/health", 200, 0.1)
