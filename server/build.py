@@ -20,14 +20,14 @@ from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.peft_format import read_lora
 from loramux.adapters.residency import Residency
 from loramux.adapters.sparse.allowance import Allowance
-from loramux.adapters.sparse.arrow import ArrowExperts
-from loramux.adapters.sparse.arrows import Arrows
 from loramux.adapters.sparse.model import SparseModel
 from loramux.adapters.sparse.options import ReadOptions
 from loramux.adapters.sparse.read import read_sparse
 from loramux.adapters.sparse.recognise import is_sparse
 from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.slot import SparseSlot, place
+from loramux.adapters.sparse.token_methods import token_experts
+from loramux.adapters.sparse.token_mixtures import TokenMixtures
 from loramux.router.service import RoutingService
 from loramux.server.admin import AdapterAdmin
 from loramux.server.audit import Audits
@@ -46,6 +46,7 @@ from loramux.server.expert_metrics import expert_stats
 from loramux.server.intake import Intake
 from loramux.server.leases import Leases
 from loramux.server.lifecycle import Lifecycle, Phase
+from loramux.server.logo import Logo
 from loramux.server.memory.blueprint import Blueprint, Target, loaded_bytes
 from loramux.server.memory.budget import Budget, Sizes, plan_budget, router_bytes, size_text
 from loramux.server.memory.room import device_room, host_room
@@ -104,13 +105,13 @@ def build(settings: Settings) -> Parts:
     allowance = Allowance(settings.residency.sparse_bytes + sum(one.nbytes for one in sparse))
     placing = partial(place_model, layers=layers, device=model.device, dtype=target.dtype)
     shelf = Shelf(placing, sparse, allowance)
-    arrows = Arrows(partial(ArrowExperts, device=model.device, dtype=target.dtype), allowance)
+    mixtures = TokenMixtures(partial(token_experts, device=model.device, dtype=target.dtype), allowance)
     metrics = Metrics(
         pool.manifest.base.id,
         engine.stats,
         residency.stats,
         sparse_stats=shelf.stats,
-        arrow_bytes=lambda: arrows.nbytes,
+        token_bytes=lambda: mixtures.nbytes,
     )
     router = RoutingService(load_pool_router(settings, pool), observe=metrics.route_stage)
     return connect(
@@ -120,7 +121,7 @@ def build(settings: Settings) -> Parts:
         base=pool.manifest.base.id,
         residency=residency,
         shelf=shelf,
-        arrows=arrows,
+        mixtures=mixtures,
         engine=engine,
         router=router,
         tokenizer=tokenizer,
@@ -141,7 +142,7 @@ def connect(
     base: str,
     residency: Residency,
     shelf: Shelf,
-    arrows: Arrows,
+    mixtures: TokenMixtures,
     engine: Engine,
     router: Router,
     tokenizer: ChatTokenizer,
@@ -174,10 +175,11 @@ def connect(
         catalog=catalog,
         router=router,
         defaults=settings.routing,
+        logo=Logo(engine, partial(metrics.route_stage, "probe")),
         weight_step=settings.residency.weight_step,
         metrics=metrics,
     )
-    leases = Leases(residency, shelf, arrows)
+    leases = Leases(residency, shelf, mixtures)
     counterfactuals = Counterfactuals(engine, leases, selector)
     audits = Audits(
         counterfactuals,

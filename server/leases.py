@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from loramux.adapters.blend import Blend
 from loramux.adapters.residency import Lease, Residency
-from loramux.adapters.sparse.arrows import ArrowMixture, Arrows
 from loramux.adapters.sparse.shelf import Shelf
+from loramux.adapters.sparse.token_mixtures import TokenMixture, TokenMixtures
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,16 +16,16 @@ class SparseChoice:
     id: str
 
 
-Mixture = Blend | SparseChoice | ArrowMixture
+Mixture = Blend | SparseChoice | TokenMixture
 
 
 class Leases:
     """Where each kind of mixture becomes resident."""
 
-    def __init__(self, residency: Residency, shelf: Shelf, arrows: Arrows) -> None:
+    def __init__(self, residency: Residency, shelf: Shelf, tokens: TokenMixtures) -> None:
         self._residency = residency
         self._shelf = shelf
-        self._arrows = arrows
+        self._tokens = tokens
 
     def lease(self, mixture: Mixture) -> AbstractAsyncContextManager[Lease]:
         """Hold a mixture on the device until the context ends.
@@ -36,7 +36,7 @@ class Leases:
         match mixture:
             case SparseChoice():
                 return self._shelf.lease(mixture.id)
-            case ArrowMixture():
-                return self._arrows.lease(mixture)
+            case TokenMixture():
+                return self._tokens.lease(mixture)
             case _:
                 return self._residency.lease(mixture)

@@ -48,7 +48,7 @@ class Metrics:
         residency_stats: Callable[[], ResidencyNumbers],
         *,
         sparse_stats: Callable[[], SparseStats] = SparseStats,
-        arrow_bytes: Callable[[], int] = int,
+        token_bytes: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self.registry = CollectorRegistry()
         self._base = base
@@ -63,7 +63,7 @@ class Metrics:
             EngineCollector(base, engine_stats),
             ResidencyCollector(residency_stats),
             ExpertCollector(base, self._experts, self.live),
-            SparseCollector(sparse_stats, arrow_bytes),
+            SparseCollector(sparse_stats, token_bytes),
         ):
             self.registry.register(collector)
 

@@ -11,9 +11,10 @@ from loramux.server.section import Section
 class RoutingSettings(Section):
     """Defaults of `routing` in a request."""
 
-    strategy: Literal["similarity", "classifier", "hybrid"] = Field(
+    strategy: Literal["similarity", "classifier", "hybrid", "arrow", "spectr", "logo"] = Field(
         default="hybrid",
-        description="Cosine to the centroids, classifier probability, or their weighted average.",
+        description="Cosine to the centroids, classifier probability, or their weighted average; or `arrow`, "
+        "`spectr` or `logo`, which ask the experts.",
     )
     top_m: int = Field(default=3, ge=1, description="Experts in a routed blend.")
     policy: Literal["proportional", "softmax", "hydra_minmax"] = Field(

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from loramux.adapters.blend import EXACT_GRID, Blend
-from loramux.adapters.sparse.arrows import TEMPERATURE, ArrowMixture
-from loramux.router.decision import Candidate, Decision, RoutingOptions
+from loramux.adapters.sparse.token_mixtures import TEMPERATURE, TokenMethod, TokenMixture
+from loramux.router.decision import STRATEGIES, Candidate, Decision, RoutingOptions
 from loramux.router.encoder import EncoderSpec
 from loramux.router.errors import RouterError, RoutingOptionsError
 from loramux.router.joining import Joined
@@ -17,14 +17,16 @@ from loramux.server.ask import Ask
 from loramux.server.catalog import Catalog, Kind
 from loramux.server.errors import RequestError
 from loramux.server.leases import Mixture, SparseChoice
+from loramux.server.logo import Logo
 from loramux.server.metrics import Metrics
 from loramux.server.routing_settings import RoutingSettings
 from loramux.server.wire.decision import explained, scored
 from loramux.server.wire.experts import map_body
-from loramux.server.wire.generation import ARROW, RoutingFields
+from loramux.server.wire.generation import BY_TOKEN, LOGO, RoutingFields
 
 NAMED = "named"
 GIVEN = "given"
+_NO_WISHES = RoutingFields.model_validate({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +41,10 @@ class SelectedExpert:
 
 
 @dataclass(frozen=True, slots=True)
-class ArrowChoice:
-    """Every token chooses `top_k` of the experts of these ids."""
+class TokenChoice:
+    """Every token chooses `top_k` of the experts of these ids, by that method."""
 
+    method: TokenMethod
     ids: tuple[str, ...]
     top_k: int
     temperature: float = TEMPERATURE
@@ -56,8 +59,8 @@ class ArrowChoice:
 class Selection:
     """What will answer.
 
-    `strategy` is the router's, or `named` for a model by name, or `given` for a client's own mixture, or
-    `arrow`, which has its experts in the field of that name.
+    `strategy` is the router's or `logo`, or `named` for a model by name, or `given` for a client's own
+    mixture, or `arrow` or `spectr`, which have their experts in `by_token`.
     """
 
     strategy: str
@@ -65,16 +68,16 @@ class Selection:
     fallback: bool = False
     truncated: bool = False
     method: str = "exact"
-    arrow: ArrowChoice | None = None
+    by_token: TokenChoice | None = None
 
     @property
     def ids(self) -> tuple[str, ...]:
         """The experts' ids."""
-        return tuple(expert.id for expert in self.experts) if self.arrow is None else self.arrow.ids
+        return tuple(expert.id for expert in self.experts) if self.by_token is None else self.by_token.ids
 
     def header(self) -> str:
-        """`x-loramux-experts`: `math=0.71,code=0.29`; empty for the base alone, `*` for arrow."""
-        if self.arrow is not None:
+        """`x-loramux-experts`: `math=0.71,code=0.29`; empty for the base alone, `*` where tokens choose."""
+        if self.by_token is not None:
             return "*"
         return ",".join(f"{expert.id}={expert.weight:g}" for expert in self.experts)
 
@@ -87,7 +90,7 @@ class Selection:
         """The `route` object of an answer."""
         return {
             "strategy": self.strategy,
-            "experts": [scored(e) for e in self.experts] if self.arrow is None else self.arrow.body(),
+            "experts": [scored(e) for e in self.experts] if self.by_token is None else self.by_token.body(),
             "fallback": self.fallback,
             "truncated": self.truncated,
         }
@@ -145,12 +148,14 @@ class Selector:
         catalog: Catalog,
         router: Router,
         defaults: RoutingSettings,
+        logo: Logo,
         weight_step: float,
         metrics: Metrics,
     ) -> None:
         self._catalog = catalog
         self._router = router
         self._defaults = defaults
+        self._logo = logo
         self._step = weight_step
         self._metrics = metrics
 
@@ -158,6 +163,8 @@ class Selector:
         """Step 2.
 
         Raises:
+            RequestError: an option that means nothing with the strategy.
+            BlendError, EngineError: the experts cannot be asked, or their pass failed.
             RouterError: impossible options, or the router failed.
         """
         kind = self._catalog.resolve(ask.model)
@@ -168,8 +175,12 @@ class Selector:
             return self._counted(Selection(NAMED))
         if kind in (Kind.EXPERT, Kind.SPARSE):
             return self._counted(Selection(NAMED, (SelectedExpert(ask.model, 1.0),)))
-        if ask.routing is not None and ask.routing.strategy == ARROW:
-            return self._arrow(ask.routing)
+        asked = ask.routing or _NO_WISHES
+        strategy = self._strategy(asked)
+        if strategy in BY_TOKEN:
+            return self._by_token(TokenMethod(strategy), asked)
+        if strategy == LOGO:
+            return await self._ask_experts(ask, asked)
         return await self._route(ask)
 
     def mixture(self, selection: Selection) -> Mixture:
@@ -178,9 +189,9 @@ class Selector:
         Raises:
             BlendError: a weight or the merge method is not acceptable.
         """
-        if (arrow := selection.arrow) is not None:
-            experts = [self._catalog.expert(id) for id in arrow.ids]
-            return ArrowMixture.of(experts, top_k=arrow.top_k, temperature=arrow.temperature)
+        if (choice := selection.by_token) is not None:
+            experts = [self._catalog.expert(id) for id in choice.ids]
+            return TokenMixture.of(choice.method, experts, top_k=choice.top_k, temperature=choice.temperature)
         if len(selection.ids) == 1 and selection.ids[0] in self._catalog.sparse:
             return SparseChoice(selection.ids[0])
         return self.blend(selection)
@@ -205,7 +216,7 @@ class Selector:
         Raises:
             UnknownModel: it has been unloaded.
         """
-        if selection.arrow is not None or not selection.experts:
+        if selection.by_token is not None or not selection.experts:
             return None
         best = max(selection.experts, key=lambda expert: expert.weight)
         if best.id in self._catalog.sparse:
@@ -226,12 +237,15 @@ class Selector:
         """The whole decision about a text, for `/v1/route`; with `chart`, where it lies on the map too.
 
         Raises:
-            RequestError: arrow, which decides nothing about a whole text.
+            RequestError: a strategy that decides nothing about a text alone.
             RouterError: impossible options, or the router failed.
         """
-        if asked is not None and asked.strategy == ARROW:
+        strategy = self._strategy(asked or _NO_WISHES)
+        if strategy not in STRATEGIES:
+            how = "reads the whole prompt in the base" if strategy == LOGO else "chooses token by token"
             raise RequestError(
-                "routing.strategy: arrow chooses experts token by token; there is no decision to show",
+                f"routing.strategy: {strategy} {how}; there is no decision to show, name one of "
+                f"{', '.join(STRATEGIES)}",
                 param="routing.strategy",
                 code="invalid_value",
             )
@@ -267,16 +281,50 @@ class Selector:
         )
         return selection
 
-    def _arrow(self, asked: RoutingFields) -> Selection:
+    def _strategy(self, asked: RoutingFields) -> str:
+        """Which one it is, the client's or the server's."""
+        strategy = asked.strategy or self._defaults.strategy
+        if misfit := asked.misfit(strategy):
+            raise RequestError(
+                f"routing.{misfit}: means nothing with strategy {strategy}, which is this server's",
+                param=f"routing.{misfit}",
+                code="invalid_value",
+            )
+        return strategy
+
+    def _by_token(self, method: TokenMethod, asked: RoutingFields) -> Selection:
         """Every expert that is loaded; the tokens choose."""
         ids = tuple(sorted(self._catalog.experts))
-        self._metrics.routed(ARROW if ids else "fallback", ())
+        self._metrics.routed(method if ids else "fallback", ())
         if not ids:
-            return Selection(ARROW, fallback=True)
+            return Selection(method, fallback=True)
         temperature = TEMPERATURE if asked.temperature is None else asked.temperature
-        return Selection(
-            ARROW, arrow=ArrowChoice(ids, min(asked.top_m or self._defaults.top_m, len(ids)), temperature)
+        top_k = min(asked.top_m or self._defaults.top_m, len(ids))
+        return Selection(method, by_token=TokenChoice(method, ids, top_k, temperature))
+
+    async def _ask_experts(self, ask: Ask, asked: RoutingFields) -> Selection:
+        """The loaded experts with the strongest signals, weighted by them."""
+        if len(ask.prompts) != 1:
+            raise RequestError(
+                f"prompt: strategy logo reads one, and there are {len(ask.prompts)}; send them one by one",
+                param="prompt",
+                code="invalid_value",
+            )
+        experts = {id: self._catalog.expert(id) for id in sorted(self._catalog.experts)}
+        chosen: list[SelectedExpert] = []
+        if experts:
+            signals = await self._logo.signals(ask.prompts[0].tokens, experts, asked.signal or "norm")
+            best = sorted(signals, key=lambda id: -signals[id])[: asked.top_m or self._defaults.top_m]
+            total = sum(signals[id] for id in best)
+            chosen = [SelectedExpert(id, signals[id] / total, score=signals[id]) for id in best if total > 0]
+        selection = Selection(
+            LOGO,
+            self._on_grid(chosen),
+            fallback=not chosen,
+            method=asked.merge or self._defaults.merge,
         )
+        self._metrics.routed(LOGO if chosen else "fallback", selection.ids)
+        return selection
 
     def _counted(self, selection: Selection) -> Selection:
         self._metrics.routed(selection.strategy, selection.ids)
@@ -292,11 +340,11 @@ class Selector:
 
 
 def _options(asked: RoutingFields | None) -> RoutingOptions:
-    """What the client changes; the router knows the defaults."""
-    if asked is None or asked.strategy == "arrow":  # spelt out, which a type checker can follow
+    """What the client changes; the router knows the defaults, and its own strategies alone."""
+    if asked is None:
         return RoutingOptions()
     return RoutingOptions(
-        strategy=asked.strategy,
+        strategy=next((one for one in STRATEGIES if one == asked.strategy), None),
         top_m=asked.top_m,
         policy=asked.policy,
         temperature=asked.temperature,

@@ -1,6 +1,6 @@
 """Metrics of the sparse models, read when scraped; a model has them while it is loaded."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -13,19 +13,22 @@ OTHER = "other"
 
 
 class SparseCollector(Collector):
-    """`shelf` gives the statistics of the loaded models, `arrow_bytes` what arrow keeps ready."""
+    """`shelf` gives the statistics of the loaded models, `token_bytes` what arrow and spectr keep ready."""
 
-    def __init__(self, shelf: Callable[[], SparseStats], arrow_bytes: Callable[[], int]) -> None:
+    def __init__(
+        self, shelf: Callable[[], SparseStats], token_bytes: Callable[[], Mapping[str, int]]
+    ) -> None:
         self._shelf = shelf
-        self._arrow_bytes = arrow_bytes
+        self._token_bytes = token_bytes
 
     def collect(self) -> Iterable[Metric]:
         stats = self._shelf()
         sizes = GaugeMetricFamily(
-            "loramux_sparse_bytes", "Device bytes of sparse models and of arrow.", labels=("what",)
+            "loramux_sparse_bytes", "Device bytes of sparse models, of arrow and of spectr.", labels=("what",)
         )
         sizes.add_metric(("models",), stats.nbytes)
-        sizes.add_metric(("arrow",), self._arrow_bytes())
+        for method, nbytes in self._token_bytes().items():
+            sizes.add_metric((method,), nbytes)
         tokens = CounterMetricFamily(
             "loramux_sparse_expert_tokens",
             "Tokens that went to an expert, over the counted routers.",

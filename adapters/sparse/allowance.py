@@ -1,4 +1,4 @@
-"""How much of the device sparse models and arrow may take beside what the memory budget gave to others."""
+"""How much of the device sparse models, arrow and spectr may take beside what the budget gave to others."""
 
 from loramux.adapters.errors import BlendError
 
@@ -14,13 +14,17 @@ class Allowance:
         self._limit = limit
         self.taken = 0
 
+    def has(self, size: int) -> bool:
+        """Whether so many bytes are left."""
+        return self._limit is None or self.taken + size <= self._limit
+
     def take(self, size: int, what: str) -> None:
         """Take bytes for `what`.
 
         Raises:
             BlendError: fewer are left; nothing is taken then.
         """
-        if self._limit is not None and self.taken + size > self._limit:
+        if self._limit is not None and not self.has(size):
             left = self._limit - self.taken
             raise BlendError(
                 f"{what} takes {size} bytes on the device and {left} of {self._limit} are left; "

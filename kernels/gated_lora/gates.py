@@ -30,7 +30,7 @@ class ExpertGate:
     of them by default, and 0 for the others.
 
     LoRAMoE takes all. MoLA takes k, whose probabilities divided by their sum are the softmax over their
-    logits alone. Arrow takes the k with the largest magnitude.
+    logits alone. Arrow takes the k with the largest magnitude, SpectR those with the largest norm.
     """
 
     k: int | None = None
@@ -45,13 +45,24 @@ class ExpertGate:
         return torch.zeros_like(scores).scatter_(-1, at, (best / self.temperature).softmax(-1))
 
 
-class Shrink:
-    """x -> (A x, router x). One product where A is float32 too, two where it is narrower than the router."""
+def block_norms(hidden: Tensor, owner: Tensor, experts: int) -> Tensor:
+    """The length of every expert's block of A x: hidden [T, Σr], and the expert of each column, -> [T, E], in
+    float32 at least."""
+    squares = _wide(hidden).square()
+    norms = squares.new_zeros(hidden.shape[0], experts).index_add_(-1, owner, squares)
+    return norms.sqrt_()
 
-    def __init__(self, a: Tensor, router: Tensor) -> None:
+
+class Shrink:
+    """x -> (A x, router x). One product where A is float32 too, two where it is narrower than the router;
+    without a router, A x and nothing."""
+
+    def __init__(self, a: Tensor, router: Tensor | None) -> None:
         self._rank = a.shape[0]
         self._router: Tensor | None = None
-        if a.dtype == router.dtype:
+        if router is None:
+            self._stacked = a
+        elif a.dtype == router.dtype:
             self._stacked = torch.cat([a, router])
         else:
             self._stacked, self._router = a, router
@@ -107,13 +118,14 @@ class RankGated:
 
 
 class ExpertGated:
-    """LoRAMoE, MoLA and Arrow at one module: `y += Σ_e g_e(x) B_e A_e x`, without one output per expert.
+    """LoRAMoE, MoLA, Arrow and SpectR at one module: `y += Σ_e g_e(x) B_e A_e x`, without one output per
+    expert.
 
     Experts may differ in rank.
 
     Args:
         a: per expert `[r_e, in]`; b: per expert `[out, r_e]`; scales: one per expert, folded into B.
-        router: `[E, in]`.
+        router: `[E, in]`; `None`: what the gate is of are the norms ‖A_e x‖, as precise as A x is.
     """
 
     def __init__(
@@ -121,14 +133,15 @@ class ExpertGated:
         a: Sequence[Tensor],
         b: Sequence[Tensor],
         scales: Sequence[float],
-        router: Tensor,
+        router: Tensor | None,
         gate: ExpertGate,
     ) -> None:
-        self._shrink = Shrink(torch.cat(list(a)), _wide(router))
+        self._by_norm = router is None
+        self._shrink = Shrink(torch.cat(list(a)), None if router is None else _wide(router))
         pairs = zip(b, scales, strict=True)
         self._bt = torch.cat([_scaled(factor.T, scale, a[0].dtype) for factor, scale in pairs])
         owners = [torch.full((factor.shape[0],), i, dtype=torch.int32) for i, factor in enumerate(a)]
-        self._owner = torch.cat(owners).to(router.device)  # the expert of a row
+        self._owner = torch.cat(owners).to(a[0].device)  # the expert of a row
         self._experts = len(a)
         self.watch: Watch | None = None
         self._set_gate(gate)
@@ -153,6 +166,8 @@ class ExpertGated:
             gate = self._native.add_(y, x)
         else:
             hidden, products = self._shrink(x)
+            if self._by_norm:
+                products = block_norms(hidden, self._owner, self._experts)
             gate = self._gate(products)
             _expand_(y, hidden * gate.index_select(-1, self._owner), self._bt)
         if self.watch is not None:

@@ -39,7 +39,8 @@ class NativeTokens:
     Args:
         stacked: `[rank + logits, in]`, contiguous float32 on the CPU, as `bt` `[rank, out]`.
         owner: `[rank]` int32, the expert of every row: the gate is the softmax over the `k` best of
-            `experts` logits. `None`: the mean of `experts` softmaxes over the rank.
+            `experts` logits, or without logits of the norms of each expert's hidden values. `None`: the mean
+            of `experts` softmaxes over the rank.
         scale: what logits are multiplied by in the softmax.
         magnitude: logits count by their absolute value.
 

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from loramux.adapters.blend import Blend
-from loramux.adapters.sparse.arrows import ArrowMixture
+from loramux.adapters.sparse.token_mixtures import TokenMixture
 from loramux.adapters.training.chat import EncodedRow, encode_rows
 from loramux.server.engine.protocol import PromptScored, Sampling, Token, Work
 from loramux.server.evaluation.items import AnswerItem, ChoiceItem, Item
@@ -138,5 +138,5 @@ def mixture_key(mixture: Mixture) -> str:
     match mixture:
         case SparseChoice():
             return f"sparse {mixture.id}"
-        case Blend() | ArrowMixture():
+        case Blend() | TokenMixture():
             return mixture.key

@@ -1,6 +1,6 @@
 """The router of a pool, without the base: what `loramux route` needs, and the server too."""
 
-from loramux.router.decision import RoutingOptions
+from loramux.router.decision import STRATEGIES, RoutingOptions
 from loramux.router.router import Router
 from loramux.router.store import load_router
 from loramux.server.pool.manifest import Pool, PoolError, read_pool, verify
@@ -37,13 +37,13 @@ def load_pool_router(settings: Settings, pool: Pool) -> Router:
 
 
 def options_of(settings: RoutingSettings) -> RoutingOptions:
-    """The configured defaults as routing options.
+    """The configured defaults as routing options; a strategy that is none of the router's is not among them.
 
     Raises:
         RoutingOptionsError: a value that no router could serve.
     """
     return RoutingOptions(
-        strategy=settings.strategy,
+        strategy=next((one for one in STRATEGIES if one == settings.strategy), None),
         top_m=settings.top_m,
         policy=settings.policy,
         temperature=settings.temperature,

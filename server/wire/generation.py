@@ -1,5 +1,6 @@
 """What chat and completions requests have in common."""
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
@@ -17,7 +18,15 @@ from loramux.server.wire.strict import (
 from loramux.server.wire.structured import StructuredFields
 
 INT64 = 2**63
-ARROW = "arrow"
+LOGO = "logo"
+#: Strategies by which every token chooses for itself.
+BY_TOKEN = ("arrow", "spectr")
+#: Fields of `routing` that mean nothing with a strategy: with all others, those of no strategy.
+_MEANINGLESS: Mapping[str | None, tuple[str, ...]] = {
+    **dict.fromkeys(BY_TOKEN, ("policy", "threshold", "merge", "signal")),
+    LOGO: ("policy", "threshold", "temperature"),
+    None: ("signal",),
+}
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
@@ -52,15 +61,17 @@ class LoraScale(StrictModel):
 class RoutingFields(StrictModel):
     """`routing`: what the client changes of the routing defaults.
 
-    `arrow` routes token by token, so what decides about a whole prompt does not go with it.
+    `arrow` and `spectr` route token by token, so what decides about a whole prompt does not go with them, and
+    `logo` weighs by the experts' own signals, so what makes weights of scores does not go with it.
     """
 
-    strategy: Literal["similarity", "classifier", "hybrid", "arrow"] | None = None
+    strategy: Literal["similarity", "classifier", "hybrid", "arrow", "spectr", "logo"] | None = None
     top_m: int | None = Field(None, ge=1)
     policy: Literal["proportional", "softmax", "hydra_minmax"] | None = None
     temperature: float | None = Field(None, ge=1e-4, le=1000)
     threshold: float | None = Field(None, ge=-1000, le=1000)
     merge: str | None = Field(None, min_length=1, max_length=32)
+    signal: Literal["norm", "entropy"] | None = None
     explain: bool = False
 
     @field_validator("top_m")
@@ -70,12 +81,14 @@ class RoutingFields(StrictModel):
 
     @model_validator(mode="after")
     def _fits_the_strategy(self) -> Self:
-        for name in ("policy", "threshold", "merge") if self.strategy == ARROW else ():
-            if getattr(self, name) is not None:
-                raise field_error(
-                    f"routing.{name}", "means nothing with strategy arrow, which takes top_m and temperature"
-                )
+        if self.strategy is not None and (misfit := self.misfit(self.strategy)):
+            raise field_error(f"routing.{misfit}", f"means nothing with strategy {self.strategy}")
         return self
+
+    def misfit(self, strategy: str) -> str | None:
+        """The field that means nothing with a strategy, if there is one."""
+        meaningless = _MEANINGLESS.get(strategy, _MEANINGLESS[None])
+        return next((name for name in meaningless if getattr(self, name) is not None), None)
 
 
 class GenerationFields(StructuredFields):

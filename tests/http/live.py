@@ -14,10 +14,10 @@ from loramux.adapters.arena import Arena
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.layers import AdapterLayers
 from loramux.adapters.residency import Residency
-from loramux.adapters.sparse.arrow import ArrowExperts
-from loramux.adapters.sparse.arrows import Arrows
 from loramux.adapters.sparse.model import SparseModel
 from loramux.adapters.sparse.shelf import Shelf
+from loramux.adapters.sparse.token_methods import token_experts
+from loramux.adapters.sparse.token_mixtures import TokenMixtures
 from loramux.server.build import connect, place_model, read_adapter
 from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.local import EngineLimits, LocalEngine
@@ -32,6 +32,8 @@ from tests.tiny_sparse import random_experts, random_loracoe, random_mixlora
 ADMIN = {"authorization": "Bearer admin"}
 BLEND = {"model": "auto", "lora": [{"id": "code", "scale": 0.6}, {"id": "law", "scale": 0.4}]}
 ARROW = {"model": "auto", "routing": {"strategy": "arrow", "top_m": 2}}
+LOGO = {"model": "auto", "routing": {"strategy": "logo", "top_m": 2}}
+SPECTR = {"model": "auto", "routing": {"strategy": "spectr", "top_m": 2}}
 
 
 @dataclass
@@ -86,7 +88,7 @@ def live(
     engine = LocalEngine(model, layers, eos_ids=(), limits=chosen, grammars=grammars)
     cpu = torch.device("cpu")
     shelf = Shelf(partial(place_model, layers=layers, device=cpu, dtype=torch.float32), sparse)
-    arrows = Arrows(ArrowExperts)
+    mixtures = TokenMixtures(token_experts)
     parts = connect(
         settings,
         metrics=Metrics(BASE, engine.stats, residency.stats, sparse_stats=shelf.stats),
@@ -94,7 +96,7 @@ def live(
         base=BASE,
         residency=residency,
         shelf=shelf,
-        arrows=arrows,
+        mixtures=mixtures,
         engine=engine,
         router=WordRouter(tuple(experts)),
         tokenizer=tokenizer,

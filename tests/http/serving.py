@@ -18,7 +18,6 @@ from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import AdapterFormatError
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.residency import Residency
-from loramux.adapters.sparse.arrows import Arrows
 from loramux.adapters.sparse.model import (
     Kind,
     RankMixture,
@@ -27,6 +26,7 @@ from loramux.adapters.sparse.model import (
 from loramux.adapters.sparse.options import ReadOptions
 from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.tally import ExpertLoad
+from loramux.adapters.sparse.token_mixtures import TokenMethod, TokenMixtures
 from loramux.server.app import create_app
 from loramux.server.build import connect
 from loramux.server.engine.grammars import Grammars
@@ -80,8 +80,9 @@ class Tray:
 
 @dataclass(eq=False)
 class Quiver:
-    """Stands for experts made ready for arrow."""
+    """Stands for experts made ready for arrow or spectr."""
 
+    method: TokenMethod
     experts: Sequence[LoraAdapter]
     nbytes: int = 500
 
@@ -171,13 +172,13 @@ def serving(
     router = router or WordRouter(EXPERTS)
     residency = Residency({name: expert(name) for name in router.experts}, Arena(SHAPES, 64))
     shelf = Shelf(Tray, sparse)
-    arrows = Arrows(Quiver)
+    mixtures = TokenMixtures(Quiver)
     metrics = Metrics(
         BASE,
         engine.stats,
         residency.stats,
         sparse_stats=shelf.stats,
-        arrow_bytes=lambda: arrows.nbytes,
+        token_bytes=lambda: mixtures.nbytes,
     )
     parts = connect(
         settings,
@@ -186,7 +187,7 @@ def serving(
         base=BASE,
         residency=residency,
         shelf=shelf,
-        arrows=arrows,
+        mixtures=mixtures,
         engine=engine,
         router=router,
         tokenizer=tokenizer,

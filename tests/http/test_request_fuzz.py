@@ -260,7 +260,9 @@ SPECIAL: dict[str, st.SearchStrategy[Any]] = {
     "routing": st.fixed_dictionaries(
         {},
         optional={
-            "strategy": st.sampled_from(["similarity", "classifier", "hybrid", "arrow", "x"]),
+            "strategy": st.sampled_from(
+                ["similarity", "classifier", "hybrid", "arrow", "spectr", "logo", "x"]
+            ),
             "explain": st.sampled_from([True, False, None, 1, "x"]),
             "policy": st.sampled_from(["proportional", "softmax", "hydra_minmax", None]),
             "merge": st.sampled_from(["exact", "svd", "linear", "ties", "dare_ties", "magnitude_prune", "y"]),

@@ -132,25 +132,28 @@ def test_a_sparse_models_name_is_taken(served: Served, name: str) -> None:
     assert post(served, "load", lora_name=name, lora_path="x").status_code == 409
 
 
-def test_arrow_takes_every_expert_and_asks_no_router(served: Served) -> None:
+@pytest.mark.parametrize("strategy", ["arrow", "spectr"])
+def test_tokens_choose_from_every_expert_and_no_router_is_asked(served: Served, strategy: str) -> None:
     asked = len(served.router.asked)
     raw = served.client.chat.completions.with_raw_response.create(
         model="auto",
         messages=[{"role": "user", "content": "law"}],
-        extra_body={"routing": {"strategy": "arrow", "top_m": 2, "temperature": 0.5}},
+        extra_body={"routing": {"strategy": strategy, "top_m": 2, "temperature": 0.5}},
     )
     assert len(served.router.asked) == asked
     assert raw.headers["x-loramux-experts"] == "*"
     answer = loramux(raw.parse())
-    assert answer["route"]["strategy"] == "arrow"
+    assert answer["route"]["strategy"] == strategy
     assert not answer["route"]["fallback"]
     assert [(e["id"], e["weight"]) for e in answer["route"]["experts"]] == [(id, None) for id in EXPERTS]
-    assert (answer["blend"]["method"], answer["blend"]["rank"]) == ("arrow", 12)
+    assert (answer["blend"]["method"], answer["blend"]["rank"]) == (strategy, 12)
     adapter: Any = served.engine.works[-1].adapter
     quiver, top_k, temperature = adapter.slot
+    assert quiver.method == strategy
     assert {expert.id for expert in quiver.experts} == set(EXPERTS)
     assert (top_k, temperature) == (2, 0.5)
-    assert samples(served)["loramux_sparse_bytes|what=arrow"] == 500
+    assert samples(served)[f"loramux_sparse_bytes|what={strategy}"] == 500
+    assert samples(served)[f"loramux_route_decisions_total|outcome={strategy}"] >= 1
 
 
 def test_arrow_is_made_ready_once_and_shares_slots_between_equal_requests(served: Served) -> None:

@@ -14,7 +14,7 @@ import torch
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.peft_format import write_lora
 from loramux.adapters.sparse.model import SparseModel
-from tests.http.live import ARROW, BLEND, Live, live
+from tests.http.live import ARROW, BLEND, LOGO, SPECTR, Live, live
 from tests.http.serving import BASE
 from tests.tiny import random_adapter
 from tests.tiny_sparse import mixlora_tensors, random_mixlora, save_mixlora
@@ -28,6 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "loramoe": {"model": "moe"},
     "mola": {"model": "mola"},
     "arrow": ARROW,
+    "spectr": SPECTR,
+    "logo": LOGO,
 }
 
 
@@ -82,6 +84,8 @@ def test_one_batch_of_every_kind_equals_isolated_runs(server: Live) -> None:
         "loramoe": "loramoe",
         "mola": "mola",
         "arrow": "arrow",
+        "spectr": "spectr",
+        "logo": "exact",
     }
 
 

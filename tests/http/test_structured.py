@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.http.live import ARROW, BLEND, Live, live
+from tests.http.live import ARROW, BLEND, SPECTR, Live, live
 from tests.http.serving import BASE, TOKENIZER
 from tests.json_types import TYPES, read, schema
 
@@ -23,6 +23,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mixlora": {"model": "mix"},
     "mola": {"model": "mola"},
     "arrow": ARROW,
+    "spectr": SPECTR,
 }
 
 

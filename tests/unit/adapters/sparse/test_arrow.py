@@ -119,9 +119,9 @@ def test_what_cannot_be_routed_is_refused() -> None:
     with pytest.raises(BlendError, match="at least one expert"):
         ArrowExperts([])
     experts = ArrowExperts([adapter("a", 4, ["q_proj"])])
-    with pytest.raises(BlendError, match="positive top_k and temperature, got 0 and 1"):
+    with pytest.raises(BlendError, match="positive top_k and temperature, not 0 and 1"):
         experts.slot(0)
-    with pytest.raises(BlendError, match="got 2 and 0"):
+    with pytest.raises(BlendError, match="not 2 and 0"):
         experts.slot(2, 0.0)
     other = BaseShapes("other", {"model.layers.0.self_attn.q_proj": (10, 24)})
     with pytest.raises(BaseMismatchError, match=r"q_proj: the experts were made for different bases"):

@@ -1,0 +1,83 @@
+"""The strategy `logo`: one pass of the base over the prompt, and the experts are asked how they respond."""
+
+import asyncio
+import hashlib
+import time
+import uuid
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+
+from loramux.adapters.lora import LoraAdapter
+from loramux.adapters.residency import Handle
+from loramux.adapters.responses import Listener, Responders, Signal, common_module
+from loramux.server.engine.protocol import Engine, Sampling, Work
+from loramux.server.errors import RequestError
+
+#: Prompts whose signals are remembered.
+MAX_PROMPTS = 1024
+#: The key of the base's own pages, which a pass that adds nothing may read and fill.
+_BASE_KEY = ""
+
+
+class Logo:
+    """Signals of the loaded experts for a prompt, remembered while the experts are the same.
+
+    `observe` is told the seconds of each pass.
+    """
+
+    def __init__(self, engine: Engine, observe: Callable[[float], None]) -> None:
+        self._engine = engine
+        self._observe = observe
+        self._known: OrderedDict[bytes, Mapping[str, float]] = OrderedDict()
+        self._stacked: tuple[tuple[str, ...], str, Responders] | None = None
+
+    async def signals(
+        self, prompt: tuple[int, ...], experts: Mapping[str, LoraAdapter], signal: Signal
+    ) -> Mapping[str, float]:
+        """The signal of every expert by its id.
+
+        Raises:
+            BlendError: the experts have no module in common.
+            RequestError: the engine is not of this process, and nothing can be heard in it.
+            EngineError: the pass failed.
+        """
+        module, responders = self._responders(experts)
+        contents = "\n".join((signal, *(f"{id} {expert.content_hash}" for id, expert in experts.items())))
+        key = hashlib.sha256(array("q", prompt).tobytes() + contents.encode()).digest()
+        known = self._known.get(key)
+        if known is None:
+            started = time.monotonic()
+            listener = await self._pass(prompt, module)
+            x = await asyncio.to_thread(listener.heard)
+            if x is None:
+                raise RequestError(
+                    "routing.strategy: logo listens inside the base, which this engine does not allow",
+                    param="routing.strategy",
+                    code="invalid_value",
+                )
+            found = responders.signals(x, signal)
+            known = self._known[key] = dict(zip(experts, found, strict=True))
+            self._observe(time.monotonic() - started)
+            if len(self._known) > MAX_PROMPTS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return known
+
+    async def _pass(self, prompt: tuple[int, ...], module: str) -> Listener:
+        listener = Listener(module)
+        scored = Sampling(max_tokens=0, temperature=0.0)
+        work = Work(f"probe-{uuid.uuid4().hex}", prompt, scored, Handle(_BASE_KEY, listener))
+        async with aclosing(self._engine.run(work)) as events:
+            async for _ in events:
+                pass
+        return listener
+
+    def _responders(self, experts: Mapping[str, LoraAdapter]) -> tuple[str, Responders]:
+        """Stacked once for a set of experts."""
+        contents = tuple(expert.content_hash for expert in experts.values())
+        if self._stacked is None or self._stacked[0] != contents:
+            module = common_module(experts)
+            self._stacked = contents, module, Responders(list(experts.values()), module)
+        return self._stacked[1], self._stacked[2]
