@@ -11,6 +11,7 @@
     │   └── RequestTimeout      408
     ├── NotReady                503  loading, or draining before an exit
     └── StartError                   the server cannot start; one line, for the operator's terminal
+        └── UsageError               a command was called in a way that it does not know
 
 `edge/failures.py` turns these, and the errors of the other folders, into OpenAI error bodies.
 """
@@ -94,3 +95,7 @@ class NotReady(ServerError):
 
 class StartError(ServerError):
     """The server cannot start. The message is one line that names the file or setting and the way out."""
+
+
+class UsageError(StartError):
+    """A command was called in a way that it does not know; the message names the option."""

@@ -1,46 +1,40 @@
-"""The `loramux` command. Heavy imports happen inside the commands, so that `--help` is quick."""
+"""The `loramux` command. What a command needs is imported when it is called, so that `--help` is quick."""
 
-import importlib
+import os
 import sys
-from importlib.metadata import version as installed_version
+from enum import StrEnum
 from typing import Annotated
 
 import typer
+from typer.completion import completion_init, get_completion_script
 
-from loramux.adapters.errors import AdapterError
-from loramux.router.errors import RouterError
-from loramux.server.cli.chat import chat
-from loramux.server.cli.config import config
-from loramux.server.cli.convert import convert
-from loramux.server.cli.evaluate import evaluate
-from loramux.server.cli.route import route
-from loramux.server.cli.serve import serve
-from loramux.server.errors import StartError
+from loramux.server.cli.commands import COMMANDS, Commands, help_without_command, listed_only
+from loramux.server.cli.failures import explain
+from loramux.server.cli.version import version
 from loramux.server.large_pages import ask_for_large_pages
 
-SUB_APPS = {
-    "pool": ("loramux.server.cli.pool", "Build, check and extend pools."),
-    "train": ("loramux.server.cli.train", "Train a base, an expert or an embedder."),
-}
+#: The variable by which a shell asks for what could come next.
+COMPLETE = "_LORAMUX_COMPLETE"
+
+
+class Shell(StrEnum):
+    """Shells that can complete commands."""
+
+    BASH = "bash"
+    ZSH = "zsh"
+    FISH = "fish"
+
 
 app = typer.Typer(
+    cls=Commands,
     help="OpenAI-compatible inference server that picks LoRA experts by reading the prompt.",
-    no_args_is_help=True,
+    epilog="\b\nExample:\n  loramux serve --port 8000",
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
-app.command()(serve)
-app.command()(route)
-app.command()(chat)
-app.command()(config)
-app.command()(evaluate)
-app.command()(convert)
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(f"loramux {installed_version('loramux')}")
+for _name, _place in COMMANDS.items():
+    app.command(_name, help=_place.summary)(listed_only)
 
 
 def _say_version(wanted: bool) -> None:
@@ -49,34 +43,46 @@ def _say_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+def _say_completion(shell: Shell | None) -> None:
+    if shell is not None:
+        typer.echo(get_completion_script(prog_name="loramux", complete_var=COMPLETE, shell=shell).strip())
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
 def _options(
-    _: Annotated[
+    context: typer.Context,
+    _version: Annotated[
         bool,
         typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and end."),
     ] = False,
+    _completion: Annotated[
+        Shell | None,
+        typer.Option(
+            "--completion",
+            callback=_say_completion,
+            is_eager=True,
+            help="Print what completes commands in a shell, and end.",
+        ),
+    ] = None,
 ) -> None:
     """What stands before a command."""
-
-
-def _listed_only() -> None:
-    """Stands in the help for a sub-app, which `main` calls without coming here."""
-
-
-for _name, (_, _summary) in SUB_APPS.items():
-    app.command(_name, help=_summary)(_listed_only)
+    help_without_command(context)
 
 
 def main() -> None:
-    """Run the command line; what the operator can mend is one line on stderr and exit code 1."""
+    """Run the command line; what the operator can mend is one line on stderr (`failures.py`)."""
     ask_for_large_pages()
-    arguments = sys.argv[1:]
+    if COMPLETE in os.environ:
+        completion_init()
     try:
-        if arguments and arguments[0] in SUB_APPS:
-            module = importlib.import_module(SUB_APPS[arguments[0]][0])
-            module.app(args=arguments[1:], prog_name=f"loramux {arguments[0]}")
-        else:
-            app(prog_name="loramux")
-    except (StartError, AdapterError, RouterError) as error:
-        typer.echo(f"loramux: {' '.join(str(error).split())}", err=True)
+        code = app(prog_name="loramux", standalone_mode=False)
+    except typer.Abort:
         sys.exit(1)
+    except Exception as error:
+        failure = explain(error)
+        if failure is None:
+            raise
+        typer.echo(failure.line, err=True)
+        sys.exit(failure.code)
+    sys.exit(code)

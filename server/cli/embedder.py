@@ -23,7 +23,10 @@ def embedder(
     full: Annotated[bool, typer.Option("--full", help="Store float32 instead of float16.")] = False,
     seed: Annotated[int, typer.Option(help="Of weights and row order.")] = 0,
 ) -> None:
-    """Train a static embedder on (user text, output) pairs with a ranking loss."""
+    """Train a static embedder on (user text, output) pairs with a ranking loss.
+
+    Example: loramux train embedder --data corpus --out my-encoder
+    """
     from loramux.adapters.training.progress import Ticker
     from loramux.adapters.training.rows import read_rows, user_text
     from loramux.router.encoder_files import read_tokenizer

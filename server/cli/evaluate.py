@@ -40,7 +40,10 @@ def evaluate(
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write one page with plots here.")] = None,
 ) -> None:
-    """Losses, exact matches and multiple choice of base, experts and blends; confusion, calibration."""
+    """Losses, exact matches and multiple choice of base, experts and blends; confusion, calibration.
+
+    Example: loramux evaluate --pool my-pool --data corpus --limit 20 --out evaluation.json
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

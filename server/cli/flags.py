@@ -4,24 +4,24 @@ from typing import Any
 
 import yaml
 
-from loramux.server.errors import StartError
+from loramux.server.errors import UsageError
 
 
 def put(flags: dict[str, Any], text: str) -> None:
     """Put `section.name=value` into nested flags; the value is YAML.
 
     Raises:
-        StartError: it is not of that form.
+        UsageError: it is not of that form.
     """
     name, equals, value = text.partition("=")
     if not equals:
-        raise StartError(f"--set {text}: write it as name=value")
+        raise UsageError(f"--set {text}: write it as name=value")
     *sections, last = name.strip().split(".")
     for section in sections:
         flags = flags.setdefault(section, {})
         if not isinstance(flags, dict):
-            raise StartError(f"--set {text}: {section} is not a section")
+            raise UsageError(f"--set {text}: {section} is not a section")
     try:
         flags[last] = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise StartError(f"--set {text}: the value is not YAML") from None
+        raise UsageError(f"--set {text}: the value is not YAML") from None

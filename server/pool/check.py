@@ -35,10 +35,19 @@ def check_pool(root: Path) -> list[str]:
     """One line for each problem: manifest, file hashes, base, every expert and sparse model, router. Empty
     means sound."""
     try:
-        pool = read_pool(root)
+        return verify(root) + check_content(root)
     except PoolError as error:
         return [str(error)]
-    problems = verify(root)
+
+
+def check_content(root: Path) -> list[str]:
+    """The same of what the files say: base, every expert and sparse model, router.
+
+    Raises:
+        PoolError: `pool.json` itself is not usable.
+    """
+    pool = read_pool(root)
+    problems: list[str] = []
     try:
         shapes = base_shapes(pool)
     except (StartError, AdapterError) as error:

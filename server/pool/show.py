@@ -1,12 +1,15 @@
-"""What a pool holds, for people."""
+"""What a pool holds, for people and for programs."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from loramux.router.header import Header, read_header
 from loramux.router.store import ROUTER_FILE
+from loramux.server.pool.facts import read_facts
 from loramux.server.pool.manifest import Pool
 
 
@@ -15,9 +18,10 @@ def print_pool(pool: Pool, console: Console | None = None) -> None:
 
     Raises:
         RouterError: `router.json` cannot be read.
+        PoolError: `report.json` is not what a build writes.
     """
     console = console or Console()
-    manifest = pool.manifest
+    manifest, facts = pool.manifest, read_facts(pool)
     header = read_header(pool.router_dir / ROUTER_FILE)
     console.print(
         f"pool {manifest.name}: {len(manifest.experts)} experts, {len(manifest.sparse)} sparse models"
@@ -32,12 +36,57 @@ def print_pool(pool: Pool, console: Console | None = None) -> None:
     table.add_column("id", no_wrap=True)
     table.add_column("kind", no_wrap=True)
     table.add_column("rows", justify="right", no_wrap=True)
+    table.add_column("gain", justify="right", no_wrap=True)
     table.add_column("description")
     for entry in manifest.experts:
-        table.add_row(entry.id, "expert", str(entry.rows), entry.description)
+        gain = facts[entry.id].measured.gain
+        shown = "" if gain is None else f"{gain:.3f}"
+        table.add_row(entry.id, "expert", str(entry.rows), shown, entry.description)
     for model in manifest.sparse:
-        table.add_row(model.id, str(model.kind), "", model.description)
+        table.add_row(model.id, str(model.kind), "", "", model.description)
     console.print(table)
+    if any(fact.measured.gain is not None for fact in facts.values()):
+        console.print("gain: nats per answer token below the base, on rows that the expert never saw")
+
+
+def pool_json(pool: Pool) -> dict[str, Any]:
+    """The same for programs.
+
+    Raises:
+        RouterError, PoolError: as `print_pool`.
+    """
+    manifest, facts = pool.manifest, read_facts(pool)
+    header = read_header(pool.router_dir / ROUTER_FILE)
+    return {
+        "path": str(pool.root),
+        "name": manifest.name,
+        "base": {"id": manifest.base.id, "path": manifest.base.path},
+        "encoder": {
+            "id": header.encoder.id,
+            "package": None if header.encoder_package is None else header.encoder_package.wheel,
+            "dimension": header.encoder.dimension,
+            "max_tokens": header.encoder.max_tokens,
+        },
+        "calibration": {
+            str(strategy): {"temperature": fitted.temperature, "threshold": fitted.threshold}
+            for strategy, fitted in header.calibration.items()
+        },
+        "experts": [
+            {
+                "id": entry.id,
+                "description": entry.description,
+                "rows": entry.rows,
+                "top_terms": list(entry.top_terms),
+                "examples": list(entry.examples),
+                "gain": facts[entry.id].measured.gain,
+            }
+            for entry in manifest.experts
+        ],
+        "sparse": [
+            {"id": model.id, "kind": str(model.kind), "description": model.description}
+            for model in manifest.sparse
+        ],
+    }
 
 
 def encoder_text(header: Header) -> str:
