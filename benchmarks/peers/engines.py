@@ -128,11 +128,16 @@ class Server(Engine):
         """Its variables beside ours."""
         return {}
 
-    async def start(self) -> None:
+    def _choose_port(self) -> int:
+        """A free one, which is its address from now on."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+            port: int = probe.getsockname()[1]
         self._url = f"http://127.0.0.1:{port}"
+        return port
+
+    async def start(self) -> None:
+        port = self._choose_port()
         self._spawn(self.command(port), self.environment())
         assert self._process is not None
         limit = time.monotonic() + START_LIMIT_S

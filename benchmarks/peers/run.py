@@ -1,10 +1,18 @@
-"""`python benchmarks/peers/run.py`: loramux beside its peers; see compare.py."""
+"""`python benchmarks/peers/run.py`: loramux beside its peers (compare.py), and with `gguf` as the first word
+beside llama.cpp on the pool that ships (gguf_compare.py)."""
 
 import runpy
+import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    runpy.run_path(str(Path(__file__).parents[1] / "run.py"))["add_package"]("benchmarks")
-    from benchmarks.peers.compare import main
+    for package in ("benchmarks", "tests"):
+        runpy.run_path(str(Path(__file__).parents[1] / "run.py"))["add_package"](package)
+    if sys.argv[1:2] == ["gguf"]:
+        from benchmarks.peers.gguf_compare import main as compare_gguf
 
-    main()
+        compare_gguf(sys.argv[2:])
+    else:
+        from benchmarks.peers.compare import main
+
+        main()
