@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 from loramux.adapters.blend import Blend
 from loramux.adapters.sparse.token_mixtures import TokenMixture
@@ -20,6 +20,7 @@ from loramux.server.parts import Parts
 
 #: Called with how many items are done, and of how many.
 Progress = Callable[[int, int], None]
+Asked = TypeVar("Asked")
 
 
 class Measuring:
@@ -49,15 +50,26 @@ class Measuring:
             EngineError, RouterError, AdapterError: whatever serving them raises.
         """
         selector = self._parts.selector
-        needed: dict[tuple[str, str], tuple[Mixture, Item]] = {}
-        keys: dict[tuple[str, str], tuple[str, str]] = {}
+        asked: dict[tuple[str, str], tuple[Mixture, Item]] = {}
         for system in systems:
             for item in items:
                 mixture = selector.mixture(await selector.select(system.ask(item.text)))
-                key = (mixture_key(mixture), item.id)
-                keys[system.name, item.id] = key
-                if key not in ledger:
-                    needed.setdefault(key, (mixture, item))
+                asked[system.name, item.id] = (mixture, item)
+        return await self.score(asked, ledger, progress)
+
+    async def score(
+        self,
+        asked: Mapping[Asked, tuple[Mixture, Item]],
+        ledger: Ledger,
+        progress: Progress = lambda *_: None,
+    ) -> Mapping[Asked, Score]:
+        """Items under mixtures that the caller chose, each pair of the two measured once.
+
+        Raises:
+            EngineError, AdapterError: whatever serving them raises.
+        """
+        keys = {name: (mixture_key(mixture), item.id) for name, (mixture, item) in asked.items()}
+        needed = {keys[name]: found for name, found in asked.items() if keys[name] not in ledger}
         # By mixture, so that each is resident once.
         queue = iter(sorted(needed.items(), key=lambda entry: entry[0]))
         done = 0
@@ -67,7 +79,7 @@ class Measuring:
             nonlocal done
             for key, (mixture, item) in queue:
                 async with self._parts.leases.lease(mixture) as lease:
-                    ledger.add(key, await self._score(item, lease.handle))
+                    ledger.add(key, await self._measure(item, lease.handle))
                 done += 1
                 progress(done, len(needed))
 
@@ -79,7 +91,7 @@ class Measuring:
             raise group.exceptions[0] from None
         return {name: ledger[key] for name, key in keys.items()}
 
-    async def _score(self, item: Item, adapter: object) -> Score:
+    async def _measure(self, item: Item, adapter: object) -> Score:
         if isinstance(item, AnswerItem):
             return await self._answer(item, adapter)
         return await self._choices(item, adapter)

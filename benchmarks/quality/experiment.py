@@ -1,0 +1,96 @@
+"""The experiment of docs/quality.md, from a committed setting: what is done is on disk and is not done twice.
+
+    python benchmarks/quality/run.py small --data DIR --out DIR
+
+`--data` holds `corpus/<domain>.train.jsonl`, `corpus/<domain>.test.jsonl` and, for settings with choices,
+`benchmarks/*.jsonl`. Killed, the same command goes on. `--save` writes what is finished to benchmarks/results
+and `--tables` puts the tables made from there into docs/quality.md; neither needs the data.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.quality import made
+from benchmarks.quality.measure import cell_file, identity, measure
+from benchmarks.quality.setting import Cell, Model, Setting, load
+from benchmarks.quality.texts import TestSet, test_set
+from benchmarks.quality.training import Trainer
+
+
+def run(setting: Setting, data: Path, out: Path, *, minutes: float | None = None) -> bool:
+    """Train and measure whatever is not there yet; whether everything is.
+
+    Models come in the order of the setting, seed by seed, so that what is finished first is comparable.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(setting, data, out)
+    tests = test_set(setting, data, trainer.tokenizer())
+    started = time.monotonic()
+    for seed, model, cells in _work(setting):
+        missing = [cell for cell in cells if not done(setting, model, cell, seed, tests, out)]
+        if not missing:
+            continue
+        if minutes is not None and time.monotonic() - started > 60 * minutes:
+            return False
+        trained = trainer.trained(model, seed)
+        asyncio.run(measure(setting, model, trained, seed, missing, tests, out))
+    return True
+
+
+def _work(setting: Setting) -> Iterator[tuple[int, Model, list[Cell]]]:
+    seeds = sorted({seed for cell in setting.cells for seed in setting.seeds_of(cell)})
+    for seed in seeds:
+        for model in setting.models:
+            cells = [
+                cell
+                for cell in setting.cells
+                if cell.model == model.name and seed in setting.seeds_of(cell)
+            ]
+            if cells:
+                yield seed, model, cells
+
+
+def done(setting: Setting, model: Model, cell: Cell, seed: int, tests: TestSet, out: Path) -> bool:
+    """Whether a cell's record is there, made with these very inputs."""
+    try:
+        record = json.loads(cell_file(out, cell, seed).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(record["identity"] == identity(setting, model, cell, seed, tests))
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/quality/run.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("setting", help="tiny, small, smollm2, or a TOML file of your own")
+    parser.add_argument("--data", type=Path, help="texts; without, nothing is trained or measured")
+    parser.add_argument("--out", type=Path, help="the folder that holds what is done")
+    parser.add_argument("--base", help="in place of the setting's: a folder, a GGUF file, a package")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; default 1")
+    parser.add_argument("--minutes", type=float, help="begin no further model after these")
+    arguments = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    torch.set_num_threads(arguments.threads)
+    setting = load(arguments.setting)
+    if arguments.base is not None:
+        setting = replace(setting, base=arguments.base)
+    if arguments.out is not None:
+        data = arguments.data
+        if setting.made:
+            setting, data = made.put(setting, arguments.out / "made")
+        if data is None:
+            parser.error("--data: this setting needs texts")
+        complete = run(setting, data, arguments.out, minutes=arguments.minutes)
+        print("everything is measured" if complete else "there is more to do; run it again")
