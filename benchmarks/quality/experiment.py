@@ -14,13 +14,17 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from benchmarks.quality import made
 from benchmarks.quality.measure import cell_file, identity, measure
+from benchmarks.quality.plot import losses_plot
+from benchmarks.quality.report import DOCUMENT, collect, put_tables, results_file, save
 from benchmarks.quality.setting import Cell, Model, Setting, load
+from benchmarks.quality.intervals import Results
 from benchmarks.quality.texts import TestSet, test_set
 from benchmarks.quality.training import Trainer
 
@@ -28,7 +32,7 @@ from benchmarks.quality.training import Trainer
 def run(setting: Setting, data: Path, out: Path, *, minutes: float | None = None) -> bool:
     """Train and measure whatever is not there yet; whether everything is.
 
-    Models come in the order of the setting, seed by seed, so that what is finished first is comparable.
+    Phase by phase, seed by seed, models in the order of the setting, so that what is finished first is comparable.
     """
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(setting, data, out)
@@ -47,12 +51,12 @@ def run(setting: Setting, data: Path, out: Path, *, minutes: float | None = None
 
 def _work(setting: Setting) -> Iterator[tuple[int, Model, list[Cell]]]:
     seeds = sorted({seed for cell in setting.cells for seed in setting.seeds_of(cell)})
-    for seed in seeds:
-        for model in setting.models:
+    for phase in sorted({cell.phase for cell in setting.cells}):
+        for seed, model in product(seeds, setting.models):
             cells = [
                 cell
                 for cell in setting.cells
-                if cell.model == model.name and seed in setting.seeds_of(cell)
+                if cell.phase == phase and cell.model == model.name and seed in setting.seeds_of(cell)
             ]
             if cells:
                 yield seed, model, cells
@@ -80,17 +84,25 @@ def main() -> None:
     parser.add_argument("--base", help="in place of the setting's: a folder, a GGUF file, a package")
     parser.add_argument("--threads", type=int, default=1, help="of torch; default 1")
     parser.add_argument("--minutes", type=float, help="begin no further model after these")
+    parser.add_argument("--save", action="store_true", help="what is finished goes to benchmarks/results")
+    parser.add_argument("--tables", action="store_true", help="docs/quality.md and the plot, from there")
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(arguments.threads)
     setting = load(arguments.setting)
     if arguments.base is not None:
         setting = replace(setting, base=arguments.base)
-    if arguments.out is not None:
+    if arguments.out is not None and (arguments.data is not None or setting.made):
         data = arguments.data
         if setting.made:
             setting, data = made.put(setting, arguments.out / "made")
-        if data is None:
-            parser.error("--data: this setting needs texts")
         complete = run(setting, data, arguments.out, minutes=arguments.minutes)
         print("everything is measured" if complete else "there is more to do; run it again")
+    if arguments.save:
+        if arguments.out is None:
+            parser.error("--save: --out names the folder of the run")
+        save(collect(setting, arguments.out), results_file(setting))
+    if arguments.tables:
+        results = Results.read(results_file(setting))
+        DOCUMENT.write_text(put_tables(DOCUMENT.read_text("utf-8"), setting, results), "utf-8")
+        results_file(setting).with_suffix(".svg").write_text(losses_plot(setting, results), "utf-8")

@@ -34,7 +34,7 @@ def identity(setting: Setting, model: Model, cell: Cell, seed: int, tests: TestS
         for key, value in asdict(setting).items()
         if key not in ("name", "about", "models", "cells", "claims", "seeds", "base")
     }
-    content = [fixed, asdict(model), asdict(cell), seed, tests.digest]
+    content = [fixed, model.content, cell.content, seed, tests.digest]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -104,7 +104,7 @@ async def _measured(
         found = await measuring.score(asked, ledger)
     for cell in cells:
         record: dict[str, Any] = {
-            "cell": asdict(cell),
+            "cell": cell.content,
             "seed": seed,
             "identity": identity(setting, model, cell, seed, tests),
             "model": {

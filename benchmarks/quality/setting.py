@@ -50,6 +50,11 @@ class Model:
     seeds: tuple[int, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def content(self) -> dict[str, Any]:
+        """All that the trained weights depend on."""
+        return {key: value for key, value in asdict(self).items() if key != "seeds"}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -57,7 +62,8 @@ class Cell:
 
     gating: who chooses the experts. policy, top_m, merge: as a request would say them. alpha: LoRA alpha at
     test, as the report sweeps it: every weight is multiplied by it over the alpha of the training; None
-    changes nothing. exact, choices: whether exact match and the benchmarks are measured too.
+    changes nothing. exact, choices: whether exact match and the benchmarks are measured too. phase: all seeds
+    of an earlier phase come before the first of a later one.
     """
 
     name: str
@@ -70,6 +76,12 @@ class Cell:
     exact: bool = False
     choices: bool = False
     seeds: tuple[int, ...] | None = None
+    phase: int = 0
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """All that its numbers depend on."""
+        return {key: value for key, value in asdict(self).items() if key not in ("seeds", "phase")}
 
 
 @dataclass(frozen=True)
@@ -88,8 +100,8 @@ class Setting:
 
     tokens: of training, prompts included, for each trained model; rows are drawn until a domain has its share.
     max_tokens: rows are no longer. rows, choices: test rows of each domain, questions of each benchmark.
-    transformer: the encoder that is fine-tuned for gating; None measures no such cell. made: base, encoders and
-    texts are made by the run itself (`made.py`), and named by their folders there.
+    transformer: the encoder that is fine-tuned for gating; None measures no such cell. chat_template: for a
+    base that has none. made: base, encoders and texts are made by the run itself (`made.py`), and named by their folders there.
     """
 
     name: str
@@ -115,14 +127,15 @@ class Setting:
     max_new: int = 16
     min_rows: int = 4
     domains: tuple[str, ...] | None = None
+    chat_template: str | None = None
     made: bool = False
 
     def inputs(self, model: Model | None, seed: int) -> str:
         """Stands for all that the training rows of a seed, or a model trained on them, depend on here."""
-        names = ("base", "encoder", "tokens", "max_tokens", "domains")
+        names = ("encoder", "tokens", "max_tokens", "domains", "chat_template")
         if model is not None:
             names += ("step_tokens", "batch_tokens", "rank", "alpha", "rate", "full_rate", "min_rows")
-        content = [{name: getattr(self, name) for name in names}, model and asdict(model), seed]
+        content = [{name: getattr(self, name) for name in names}, model and model.content, seed]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
     def model(self, name: str) -> Model:

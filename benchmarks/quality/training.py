@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer
+
 from benchmarks.quality.nf4 import write_nf4
 from benchmarks.quality.setting import Model, Setting, SettingError
 from benchmarks.quality.texts import training_rows
@@ -63,10 +65,12 @@ class Trainer:
 
     def __init__(self, setting: Setting, data: Path, out: Path) -> None:
         self.setting, self.data, self.out = setting, data, out
-        self.base = Path(BaseFiles.locate(setting.base).folder)
-        self._opened: tuple[Path, Any, Any] | None = None
         for name in ("models", "rows", "bases"):
             (out / name).mkdir(parents=True, exist_ok=True)
+        self.base = Path(BaseFiles.locate(setting.base).folder)
+        if setting.chat_template is not None:
+            self.base = _with_template(self.base, out / "bases" / "plain", setting.chat_template)
+        self._opened: tuple[Path, Any, Any] | None = None
 
     def tokenizer(self) -> Any:
         """The base's."""
@@ -189,6 +193,17 @@ class Trainer:
             self._opened = None
             self._opened = (base, *load_training_base(str(base), device="cpu"))
         return self._opened[1], self._opened[2]
+
+
+def _with_template(base: Path, out: Path, template: str) -> Path:
+    """A copy of a model folder whose tokenizer has a chat template."""
+    if not (out / "done").is_file():
+        shutil.copytree(base, out, dirs_exist_ok=True)
+        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(out)
+        (out / "done").write_text("")
+    return out
 
 
 def _shapes(base: Path) -> list[tuple[int, int]]:
