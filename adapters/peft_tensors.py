@@ -16,9 +16,10 @@ from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import AdapterFormatError, BaseMismatchError, UnsupportedAdapterError
 from loramux.adapters.lora import FactorStack
 from loramux.adapters.peft_config import LoraSettings
+from loramux.adapters.payload import DTYPES, Payload
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
 _FOREIGN = (
     (r"^mixlora\.", "it belongs to a MixLoRA checkpoint"),
     (r"^mola\.", "it belongs to a MoLA checkpoint"),
@@ -111,7 +112,8 @@ class _TensorFile:
             items = [item for members in groups.values() for item in members.values()]
             found = {self._dtype(key) for item in items for key in (item.a_key, item.b_key)}
             dtype = found.pop() if len(found) == 1 else torch.float32
-        return tuple(self._stack(members, dtype) for members in groups.values())
+        payload = Payload.read(self.path, dtype)
+        return tuple(self._stack(members, dtype, payload) for members in groups.values())
 
     def groups(self) -> dict[tuple[int, tuple[int, int]], dict[str, _Factors]]:
         """(rank, shape) -> module -> its factors; each group becomes one stack."""
@@ -193,25 +195,35 @@ class _TensorFile:
 
     def _dtype(self, key: str) -> torch.dtype:
         kind = self.file.get_slice(key).get_dtype()
-        if kind not in _DTYPES:
-            raise AdapterFormatError(f"{self.path}: {key} is {kind}; only {', '.join(_DTYPES)} are read")
-        return _DTYPES[kind]
+        if kind not in DTYPES:
+            raise AdapterFormatError(f"{self.path}: {key} is {kind}; only {', '.join(DTYPES)} are read")
+        return DTYPES[kind]
 
-    def _stack(self, members: Mapping[str, _Factors], dtype: torch.dtype) -> FactorStack:
+    def _stack(
+        self, members: Mapping[str, _Factors], dtype: torch.dtype, payload: Payload | None
+    ) -> FactorStack:
         rank, (out_features, in_features) = next(iter(members.values()))[2:]
         a = torch.empty(len(members), rank, in_features, dtype=dtype)
         bt = torch.empty(len(members), rank, out_features, dtype=dtype)
-        for row, item in enumerate(members.values()):
-            self._copy(item.a_key, a[row])
-            self._copy(item.b_key, bt[row].T)
+        if payload is not None:
+            payload.fill([item.a_key for item in members.values()], a)
+            payload.fill([item.b_key for item in members.values()], bt.transpose(1, 2))
+        else:
+            for row, item in enumerate(members.values()):
+                a[row].copy_(self.file.get_tensor(item.a_key))
+                bt[row].T.copy_(self.file.get_tensor(item.b_key))
+        if not (torch.isfinite(a).all() and torch.isfinite(bt).all()):
+            raise self._not_finite(members, dtype)
         return FactorStack(tuple(members), a, bt, tuple(self.settings.scale(module) for module in members))
 
-    def _copy(self, key: str, target: Tensor) -> None:
-        source: Tensor = self.file.get_tensor(key)
-        target.copy_(source)
-        if not torch.isfinite(target).all():
-            narrowed = f" after conversion to {target.dtype}" if torch.isfinite(source).all() else ""
-            raise AdapterFormatError(f"{self.path}: {key} holds NaN or infinity{narrowed}")
+    def _not_finite(self, members: Mapping[str, _Factors], dtype: torch.dtype) -> AdapterFormatError:
+        """The error that names the first tensor with such a number."""
+        for key in (key for item in members.values() for key in (item.a_key, item.b_key)):
+            source: Tensor = self.file.get_tensor(key)
+            if not torch.isfinite(source.to(dtype)).all():
+                break
+        narrowed = f" after conversion to {dtype}" if torch.isfinite(source).all() else ""
+        return AdapterFormatError(f"{self.path}: {key} holds NaN or infinity{narrowed}")
 
     def _is_of_base(self, key: str) -> bool:
         """Whether it is an embedding that was saved along and that training has not changed.

@@ -4,10 +4,11 @@ room."""
 import asyncio
 import os
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -69,7 +70,8 @@ class ResidencyStats:
 class _Resident:
     """An adapter on the device: an expert, or the result of an inexact merge.
 
-    `ready` is done when its rows are filled; `None` if they were before anybody could ask.
+    `ready` is done when its rows are filled; `None` if they were before anybody could ask. `blends`: the keys
+    of those that stand on it.
     """
 
     key: str
@@ -78,6 +80,7 @@ class _Resident:
     extents: tuple[Extent, ...]
     ready: asyncio.Future[None] | None
     pins: int = 0
+    blends: set[str] = field(default_factory=set)
 
     @property
     def is_broken(self) -> bool:
@@ -118,6 +121,7 @@ class Residency:
 
     def __init__(self, experts: Mapping[str, LoraAdapter], arena: Arena, *, max_blends: int = 1024) -> None:
         self._experts = dict(experts)
+        self._contents = Counter(expert.content_hash for expert in experts.values())
         self._arena = arena
         self._max_blends = max_blends
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
@@ -199,6 +203,7 @@ class Residency:
                 f"residency.rows at least {expert.max_rank} (and residency.bytes at least as large)"
             )
         self._experts[expert.id] = expert
+        self._contents[expert.content_hash] += 1
 
     def remove_expert(self, expert_id: str) -> None:
         """Take an expert out: running requests keep it, new ones no longer find it, its rows go when unused.
@@ -206,9 +211,11 @@ class Residency:
         Raises:
             BlendError: there is no such expert.
         """
-        if self._experts.pop(expert_id, None) is None:
+        expert = self._experts.pop(expert_id, None)
+        if expert is None:
             raise BlendError(f"there is no expert {expert_id!r}")
-        self._drop_orphans()
+        self._contents -= Counter([expert.content_hash])
+        self._drop_orphans([self._residents.get(expert.content_hash)])
 
     def stats(self) -> ResidencyStats:
         unit = self._arena.bytes_per_row
@@ -263,7 +270,7 @@ class Residency:
             entry.handle = Handle(entry.blend.key, slot)
         finally:
             if entry.handle is None and self._blends.get(entry.blend.key) is entry:
-                del self._blends[entry.blend.key]
+                self._forget(entry)
             self._unpin(entry)
             self._limit_blends()
 
@@ -317,6 +324,7 @@ class Residency:
     def _hold(self, entry: _Entry, resident: _Resident) -> None:
         entry.residents.append(resident)
         resident.pins += 1
+        resident.blends.add(entry.blend.key)
 
     async def _allocate(self, source: _Source) -> tuple[_Resident, asyncio.Future[None]]:
         rows = source.adapter.max_rank
@@ -348,29 +356,40 @@ class Residency:
             return
         for resident in entry.residents:
             resident.pins -= 1
-        self._drop_orphans()
+        self._drop_orphans(entry.residents)
         self._released.set()
 
     def _evict(self, key: str) -> None:
         """Free an unpinned resident's rows and forget the blends that stand on it."""
         resident = self._residents.pop(key)
-        for blend_key in [k for k, entry in self._blends.items() if resident in entry.residents]:
-            del self._blends[blend_key]
+        for blend_key in tuple(resident.blends):
+            entry = self._blends.get(blend_key)
+            if entry is not None and resident in entry.residents:
+                self._forget(entry)
         self._arena.free(resident.extents)
 
-    def _drop_orphans(self) -> None:
-        """Free what nobody can ask for any more: removed experts, merges without a blend, failed copies."""
-        experts = {expert.content_hash for expert in self._experts.values()}
-        for key, resident in list(self._residents.items()):
-            wanted = key in experts if resident.is_expert else key in self._blends
-            if not resident.pins and (resident.is_broken or not wanted):
-                self._evict(key)
+    def _forget(self, entry: _Entry) -> None:
+        """Know a blend no longer; a new lease of it starts anew."""
+        del self._blends[entry.blend.key]
+        for resident in entry.residents:
+            resident.blends.discard(entry.blend.key)
+
+    def _drop_orphans(self, residents: Iterable[_Resident | None]) -> None:
+        """Free, of these, what nobody can ask for any more: removed experts, merges without a blend, failed
+        copies. Every request passes here, so that nothing may depend on how many experts there are."""
+        for resident in tuple(residents):
+            if resident is None or resident.pins or self._residents.get(resident.key) is not resident:
+                continue
+            known = self._contents if resident.is_expert else self._blends
+            if resident.is_broken or resident.key not in known:
+                self._evict(resident.key)
 
     def _limit_blends(self) -> None:
-        excess = len(self._blends) - self._max_blends
-        for key in [k for k, entry in self._blends.items() if not entry.pins][: max(0, excess)]:
-            del self._blends[key]
-        self._drop_orphans()
+        excess = max(0, len(self._blends) - self._max_blends)
+        oldest = islice((entry for entry in self._blends.values() if not entry.pins), excess)
+        for entry in tuple(oldest):
+            self._forget(entry)
+            self._drop_orphans(entry.residents)
 
 
 def _rows(extents: tuple[Extent, ...]) -> int:

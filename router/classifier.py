@@ -9,8 +9,11 @@ import numpy.typing as npt
 
 from .encoder_files import read_json
 from .errors import RouterError, RouterFileError
+from .products import FEW, products
 
 Vectors = npt.NDArray[np.float32]
+#: A logit so much below the largest is that of a probability below 1e-13.
+_NEGLIGIBLE = 30.0
 
 
 class Classifier(Protocol):
@@ -40,7 +43,17 @@ class LinearClassifier:
     def probabilities(self, texts: Sequence[str], vectors: Vectors) -> Vectors:
         if len(texts) != len(vectors):
             raise RouterError(f"{len(texts)} texts, but {len(vectors)} vectors")
-        return softmax(vectors.astype(np.float64) @ self.weight.T.astype(np.float64) + self.bias)
+        if len(self.weight) <= FEW:
+            return softmax(vectors.astype(np.float64) @ self.weight.T.astype(np.float64) + self.bias)
+        return softmax(self._many_logits(vectors))
+
+    def _many_logits(self, vectors: Vectors) -> npt.NDArray[np.float64]:
+        """As with few experts, but for those whose probability rounds to nothing: their float32 logits do."""
+        logits = products(self.weight, vectors.astype(np.float32)).astype(np.float64) + self.bias
+        for row, found in zip(vectors.astype(np.float64), logits, strict=True):
+            near = np.flatnonzero(found >= found.max() - _NEGLIGIBLE)
+            found[near] = self.weight[near].astype(np.float64) @ row + self.bias[near]
+        return logits
 
     def cooled(self, temperature: float) -> "LinearClassifier":
         """The same head with its logits divided by `temperature` (> 0), so that it is calibrated."""
@@ -117,7 +130,9 @@ class TransformerClassifier:
 def softmax(logits: npt.NDArray[np.floating[Any]]) -> Vectors:
     """Row-wise softmax [n, k] in float64, returned as float32."""
     wide = logits.astype(np.float64)
-    wide = np.exp(wide - wide.max(axis=1, keepdims=True)) if wide.size else wide
+    if wide.size:
+        wide -= wide.max(axis=1, keepdims=True)
+        np.exp(wide, out=wide)
     result: Vectors = (wide / wide.sum(axis=1, keepdims=True)).astype(np.float32)
     return result
 

@@ -1,38 +1,24 @@
 """What the router says about one text, and what it may be asked."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from .errors import RoutingOptionsError
 from .policy import POLICIES, Policy, blend_weights, entropy
+from .ranked import Candidate, Ranked
 
 Strategy = Literal["similarity", "classifier", "hybrid"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 MAX_TOP_M = 64
 
 
-class Candidate(NamedTuple):
-    """One expert as scored for one text; a tuple, because each text makes one for every expert of the pool.
-
-    similarity: raw cosine to the expert's centroid, -1..1. probability: the classifier's, 0..1, or None when
-    it was not asked. score: what the strategy ranks by. weight: its share in the blend, 0 when it was not
-    chosen.
-    """
-
-    id: str
-    weight: float
-    similarity: float
-    probability: float | None
-    score: float
-
-
 @dataclass(frozen=True, slots=True)
 class Decision:
     """The router's answer for one text.
 
-    candidates: every expert, best score first. experts: those to blend, best first; empty when `fallback`.
+    candidates: every expert, best score first; of a large pool `Ranked`. experts: those to blend, best first; empty when `fallback`.
     margin: best minus second score (the score itself with one expert). entropy: of softmax(score /
     temperature) over all experts, in nats. reason: one sentence for people. blank: there was nothing to
     route by.
@@ -42,7 +28,7 @@ class Decision:
     policy: Policy
     temperature: float
     threshold: float
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
     experts: tuple[Candidate, ...]
     fallback: bool
     reason: str
@@ -57,6 +43,8 @@ class Decision:
         Threshold and weights apply to what is there. Scores stay: a text of an expert that is gone is
         no more like the others for it.
         """
+        if isinstance(self.candidates, Ranked):
+            return self._among_many(self.candidates, served)
         if all(served.get(candidate.id) == candidate.id for candidate in self.candidates):
             return self
         kept = [one._replace(id=served[one.id]) for one in self.candidates if one.id in served]
@@ -66,25 +54,42 @@ class Decision:
         weights = [] if fallback else blend_weights(ordered, len(self.experts), self.policy, self.temperature)
         padded = [*weights, *[0.0] * (len(kept) - len(weights))]
         candidates = tuple(one._replace(weight=weight) for one, weight in zip(kept, padded, strict=True))
-        reason, first = self.reason, self.candidates[0].id
-        if kept and first in served:
-            reason = reason_for(self.strategy, self.threshold, candidates[0], len(weights), blank=self.blank)
-        elif kept:
-            verdict = (
-                f"below the threshold {self.threshold:.3f}: the base answers alone" if fallback else "chosen"
-            )
-            reason = f"{first} is not served; next is {kept[0].id} with {ordered[0]:.3f}, {verdict}"
-        else:
-            reason = "no expert that the router knows is served: the base answers alone"
         return replace(
             self,
             candidates=candidates,
             experts=candidates[: len(weights)],
             fallback=fallback,
-            reason=reason,
+            reason=self._reason_among(candidates[0] if kept else None, len(weights), served),
             margin=ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0) if kept else 0.0,
             entropy=entropy(ordered, self.temperature) if kept else 0.0,
         )
+
+    def _among_many(self, ranked: Ranked, served: Mapping[str, str]) -> "Decision":
+        kept = ranked.among(served)
+        asked = len(self.experts)
+        ordered = kept.best(max(asked, 1) + 1)
+        fallback = self.fallback or not ordered or ordered[0] < self.threshold
+        weights = [] if fallback else blend_weights(ordered, asked, self.policy, self.temperature)
+        candidates = kept.weighted(weights)
+        return replace(
+            self,
+            candidates=candidates,
+            experts=candidates[: len(weights)],
+            fallback=fallback,
+            reason=self._reason_among(candidates[0] if ordered else None, len(weights), served),
+            margin=ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0) if ordered else 0.0,
+            entropy=kept.entropy(self.temperature) if ordered else 0.0,
+        )
+
+    def _reason_among(self, best: Candidate | None, count: int, served: Mapping[str, str]) -> str:
+        """Why, when `best` is the first of those that are served and `count` of them were chosen."""
+        first = self.candidates[0].id
+        if best is None:
+            return "no expert that the router knows is served: the base answers alone"
+        if first in served:
+            return reason_for(self.strategy, self.threshold, best, count, blank=self.blank)
+        verdict = "chosen" if count else f"below the threshold {self.threshold:.3f}: the base answers alone"
+        return f"{first} is not served; next is {best.id} with {best.score:.3f}, {verdict}"
 
 
 def reason_for(strategy: Strategy, threshold: float, best: Candidate, count: int, *, blank: bool) -> str:

@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .classifier import Classifier
-from .decision import Candidate, Decision, RoutingOptions, RoutingPlan, Strategy, reason_for
+from .decision import Decision, RoutingOptions, RoutingPlan, Strategy, reason_for
 from .encoder import Encoded, Encoder, normalize_rows
 from .errors import RouterError, RoutingOptionsError
 from .index import CentroidIndex
 from .policy import blend_weights, entropy, ranking
+from .products import FEW
 from .projection import Projection
+from .ranked import Candidate, Ranked
 from .state import RouterState
 
 Vectors = npt.NDArray[np.float32]
@@ -173,6 +175,8 @@ class Router:
 
     def choose_row(self, row: ScoreRow, plan: RoutingPlan) -> Decision:
         """The decision for one text. Raises RouterError when the plan needs probabilities the row lacks."""
+        if len(self.state.experts) > FEW:
+            return self._choose_of_many(row, plan)
         scores = self._scores(row, plan.strategy)
         order = ranking(scores)
         ordered = [scores[place] for place in order]
@@ -195,6 +199,30 @@ class Router:
             blank=row.blank,
         )
 
+    def _choose_of_many(self, row: ScoreRow, plan: RoutingPlan) -> Decision:
+        """The same with arrays, which pay from some hundred experts on."""
+        ranked = Ranked(
+            self.state.experts, row.similarity, row.probability, self._score_array(row, plan.strategy)
+        )
+        ordered = ranked.best(plan.top_m + 1)
+        fallback = row.blank or ordered[0] < plan.threshold
+        weights = [] if fallback else blend_weights(ordered, plan.top_m, plan.policy, plan.temperature)
+        candidates = ranked.weighted(weights)
+        return Decision(
+            strategy=plan.strategy,
+            policy=plan.policy,
+            temperature=plan.temperature,
+            threshold=plan.threshold,
+            candidates=candidates,
+            experts=candidates[: len(weights)],
+            fallback=fallback,
+            reason=reason_for(plan.strategy, plan.threshold, candidates[0], len(weights), blank=row.blank),
+            truncated=row.truncated,
+            margin=ordered[0] - ordered[1],
+            entropy=ranked.entropy(plan.temperature),
+            blank=row.blank,
+        )
+
     def decide(self, texts: Sequence[str], options: RoutingOptions | None = None) -> list[Decision]:
         """One decision per text, all with the same options; a batch gives what single calls give.
 
@@ -210,16 +238,26 @@ class Router:
             return False
         return self.classifier.kind == "linear" or plan.strategy != "similarity"
 
+    def _score_array(self, row: ScoreRow, strategy: Strategy) -> npt.NDArray[np.float64]:
+        cosine = row.ranked.astype(np.float64)
+        if strategy == "similarity":
+            return cosine
+        probability = _classified(row, strategy).astype(np.float64)
+        return (
+            probability
+            if strategy == "classifier"
+            else hybrid_scores(cosine, probability, self.state.hybrid_weight)
+        )
+
     def _scores(self, row: ScoreRow, strategy: Strategy) -> list[float]:
         if strategy == "similarity":
             return list(row.ranked.tolist())
-        if row.probability is None:
-            raise RouterError(f"strategy {strategy} needs probabilities, but the texts were not classified")
+        probability = _classified(row, strategy)
         if strategy == "classifier":
-            return list(row.probability.tolist())
+            return list(probability.tolist())
         weight = self.state.hybrid_weight
-        pairs = zip(row.ranked.tolist(), row.probability.tolist(), strict=True)
-        return [hybrid_scores(cosine, probability, weight) for cosine, probability in pairs]
+        pairs = zip(row.ranked.tolist(), probability.tolist(), strict=True)
+        return [hybrid_scores(cosine, share, weight) for cosine, share in pairs]
 
     def _candidates(
         self, row: ScoreRow, order: Sequence[int], ordered: Sequence[float], weights: Sequence[float]
@@ -238,6 +276,12 @@ class Router:
     def _require_classifier(self, options: RoutingOptions) -> None:
         if options.strategy in ("classifier", "hybrid") and self.classifier is None:
             raise RoutingOptionsError("strategy", f"{options.strategy} needs a classifier; there is none")
+
+
+def _classified(row: ScoreRow, strategy: Strategy) -> Vectors:
+    if row.probability is None:
+        raise RouterError(f"strategy {strategy} needs probabilities, but the texts were not classified")
+    return row.probability
 
 
 def blank_rows(vectors: Vectors) -> npt.NDArray[np.bool_]:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.sparse.shelf import SparseCard
+from loramux.router.decision import Decision
 from loramux.server.errors import StartError, UnknownModel
 from loramux.server.pool.facts import ExpertFacts
 from loramux.server.wire.experts import expert_card
@@ -64,6 +65,8 @@ class Catalog:
         self.sparse = sparse
         self._max_context = max_context
         self._created = int(time.time())
+        self._routable: tuple[object, dict[str, str]] | None = None
+        self._whole: tuple[object, bool] | None = None
         for kind, names, taken in (
             ("an expert", experts, {AUTO, base}),
             ("a sparse model", sparse, {AUTO, base, *experts}),
@@ -107,8 +110,23 @@ class Catalog:
 
         A centroid belongs to content, not to a name: what was loaded under the name of another expert gets
         none of its traffic, and content that comes back gets its route back. Of several names for one content
-        the pool's own has it, else the one that was loaded first.
+        the pool's own has it, else the one that was loaded first. Looked up anew only when experts or routes
+        have changed: every request asks.
         """
+        state = (tuple(self._routes.experts), tuple(self.experts.values()))
+        if self._routable is None or self._routable[0] != state:
+            self._routable = state, self._find_routable()
+        return self._routable[1]
+
+    def among(self, decision: Decision) -> Decision:
+        """The decision of the experts that are served, under the names they are served by."""
+        served = self.routable()
+        if self._whole is None or self._whole[0] is not served:
+            whole = all(served.get(id) == id for id in self._routes.experts)
+            self._whole = served, whole
+        return decision if self._whole[1] else decision.among(served)
+
+    def _find_routable(self) -> dict[str, str]:
         by_content: dict[str, str] = {}
         for name, expert in self.experts.items():
             by_content.setdefault(expert.content_hash, name)

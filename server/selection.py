@@ -250,7 +250,7 @@ class Selector:
                 code="invalid_value",
             )
         decision = await self._router.decide(text, _options(asked))
-        body = explained(decision.among(self._catalog.routable()))
+        body = explained(self._catalog.among(decision))
         if chart:
             body["map"] = self.chart({one.id: one.similarity for one in decision.candidates})
         return body
@@ -262,7 +262,7 @@ class Selector:
             if not isinstance(error, RoutingOptionsError):
                 self._metrics.routed("error", ())
             raise
-        decision = decision.among(self._catalog.routable())
+        decision = self._catalog.among(decision)
         asked = None if ask.routing is None else ask.routing.merge
         selection = Selection(
             decision.strategy,

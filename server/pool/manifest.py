@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
@@ -193,8 +194,7 @@ def read_pool(root: Path) -> Pool:
         key = ".".join(str(part) for part in first["loc"])
         problem = "unknown key" if first["type"] == "unexpected_keyword_argument" else first["msg"]
         raise PoolError(f"{file}: {key}: {problem}" if key else f"{file}: {problem}") from error
-    names = manifest.names
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := sorted(name for name, times in Counter(manifest.names).items() if times > 1):
         raise PoolError(f"{file}: the id {twice[0]!r} is used twice")
     pool = Pool(root, manifest)
     for relative in (
