@@ -15,8 +15,8 @@ from torch import Tensor
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import AdapterFormatError, BaseMismatchError, UnsupportedAdapterError
 from loramux.adapters.lora import FactorStack
-from loramux.adapters.peft_config import LoraSettings
 from loramux.adapters.payload import DTYPES, Payload
+from loramux.adapters.peft_config import LoraSettings
 
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 

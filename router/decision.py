@@ -18,7 +18,8 @@ MAX_TOP_M = 64
 class Decision:
     """The router's answer for one text.
 
-    candidates: every expert, best score first; of a large pool `Ranked`. experts: those to blend, best first; empty when `fallback`.
+    candidates: every expert, best score first; of a large pool `Ranked`. experts: those to blend, best first;
+    empty when `fallback`.
     margin: best minus second score (the score itself with one expert). entropy: of softmax(score /
     temperature) over all experts, in nats. reason: one sentence for people. blank: there was nothing to
     route by.

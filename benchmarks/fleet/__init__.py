@@ -1,0 +1,1 @@
+"""What a fleet of replicas would do: a discrete-event simulation fed with measured times."""
