@@ -1,6 +1,7 @@
 """From wire requests to an `Ask`: tokenizing, the context, and what depends on the vocabulary."""
 
 import asyncio
+from collections.abc import Sequence
 
 from loramux.adapters.blend import METHOD_OPTIONS
 from loramux.server.ask import Ask, Prompt
@@ -9,12 +10,11 @@ from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.protocol import GrammarError, Sampling
 from loramux.server.errors import RequestError
 from loramux.server.text.grammar import GrammarSyntaxError, json_grammar
-from loramux.server.text.prompts import Prompts
+from loramux.server.text.prompts import Prompts, Turn
 from loramux.server.toolkit import Toolkit, ToolUse
 from loramux.server.wire.chat import ChatRequest
 from loramux.server.wire.completions import CompletionRequest
 from loramux.server.wire.generation import GenerationFields
-from loramux.server.wire.messages import Message
 from loramux.server.wire.responses import ResponseRequest
 from loramux.server.wire.structured import Structure
 
@@ -33,13 +33,13 @@ class Intake:
     async def chat(self, request: ChatRequest) -> Ask:
         """Raises `RequestError` when the model, a token id, the template or the context does not fit."""
         self._check(request)
-        tools = self._toolkit.use(request)
+        tools = self._toolkit.use(request.offer)
         variables = self._prompts.variables(request.chat_template_kwargs or {}, request.reasoning_effort)
         turns = [message.turn for message in request.messages]
         offered = () if tools is None else tools.tools
         tokens = await self._prompts.chat(turns, variables=variables, tools=offered)
         asked = request.max_completion_tokens or request.max_tokens
-        text = routing_text(request.messages)
+        text = routing_text(turns)
         limit = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         prompt = Prompt(text, tokens, self._prompts.room(len(tokens), asked, "messages", limit=limit))
         logprobs = (request.top_logprobs or 0) if request.logprobs else None
@@ -49,17 +49,18 @@ class Intake:
     async def response(self, request: ResponseRequest) -> Ask:
         """Raises `RequestError` when the model, a token id, the template or the context does not fit."""
         self._check(request)
+        tools = self._toolkit.use(request.offer)
         effort = None if request.reasoning is None else request.reasoning.effort
         variables = self._prompts.variables({}, effort, "reasoning.effort")
-        messages = request.messages
-        tokens = await self._prompts.chat(
-            [message.turn for message in messages], variables=variables, param="input"
-        )
+        turns = request.turns
+        offered = () if tools is None else tools.tools
+        tokens = await self._prompts.chat(turns, variables=variables, tools=offered, param="input")
         room = self._prompts.room(len(tokens), request.max_output_tokens, "input", limit="max_output_tokens")
-        text = routing_text(messages)
+        text = routing_text(turns)
         logprobs = (request.top_logprobs or 0) if request.logprobs_wanted else None
-        grammar = await self._grammar(request.structure)
-        return self._ask(request, (Prompt(text, tokens, room),), text, logprobs, grammar=grammar)
+        grammar = await self._grammar(request.structure, tools)
+        prompt = Prompt(text, tokens, room)
+        return self._ask(request, (prompt,), text, logprobs, grammar=grammar, tools=tools)
 
     async def completion(self, request: CompletionRequest) -> Ask:
         """Raises `RequestError` when the model, a token id or the context does not fit."""
@@ -90,9 +91,10 @@ class Intake:
             return None
         param = "tools" if structure is None else structure.param
         try:
-            for number, schema in enumerate(() if tools is None else tools.schemas):
-                param = f"tools[{number}].function.parameters"
-                await self._grammars.check(json_grammar(schema))
+            if tools is not None:
+                for number, schema in enumerate(tools.schemas):
+                    param = tools.schemas_at.format(number)
+                    await self._grammars.check(json_grammar(schema))
             param = "tools" if structure is None else structure.param
             # In a thread: a written grammar is translated by a parser in Python.
             grammar = await asyncio.to_thread(self._toolkit.grammar, tools, structure)
@@ -163,9 +165,9 @@ class Intake:
         )
 
 
-def routing_text(messages: list[Message]) -> str:
+def routing_text(turns: Sequence[Turn]) -> str:
     """The last user message: it says what is wanted now. Without one, the last message."""
-    for message in reversed(messages):
-        if message.role == "user":
-            return message.content
-    return messages[-1].content
+    for turn in reversed(turns):
+        if turn["role"] == "user":
+            return str(turn["content"])
+    return str(turns[-1]["content"])

@@ -11,7 +11,7 @@ from loramux.server.text.tool_formats import ToolFormat, find_format, knows_tool
 from loramux.server.text.tool_grammar import calls_grammar
 from loramux.server.text.vocabulary import Vocabulary
 from loramux.server.wire.structured import Structure
-from loramux.server.wire.tools import NamedChoice, ToolFields
+from loramux.server.wire.tools import Offer
 
 # Of the end of a prompt, where an answer may have been begun for the model.
 _PREFIX_TOKENS = 512
@@ -26,6 +26,7 @@ class ToolUse:
         must: whether there has to be a call; named: of this function.
         parallel: whether there may be several.
         visible: special tokens whose text the reader has to see.
+        schemas_at: the name of the request's field with the schema of the tool of a number.
     """
 
     tools: tuple[Mapping[str, Any], ...]
@@ -34,6 +35,7 @@ class ToolUse:
     parallel: bool
     form: ToolFormat
     visible: frozenset[int]
+    schemas_at: str
 
     @property
     def schemas(self) -> list[dict[str, Any]]:
@@ -56,25 +58,27 @@ class Toolkit:
         self._form = find_format(tokenizer, wanted)
         self._special = {vocabulary.name(token): token for token in vocabulary.special}
 
-    def use(self, fields: ToolFields) -> ToolUse | None:
+    def use(self, offer: Offer) -> ToolUse | None:
         """The tools of a request; `None` where none may be called.
 
         Raises:
             RequestError: the base's chat template does not know tools, or how it writes calls is not known.
         """
-        choice = fields.tool_choice
-        if not fields.tools or choice == "none":
+        if not offer.functions or offer.choice == "none":
             return None
         if not self._knows:
             raise _refused("the base's chat template does not know tools; tool_choice none leaves them out")
         if self._form is None:
             raise _refused("how the base writes calls is not known from its tokenizer; set tools.format")
-        tools = tuple(tool.described() for tool in fields.tools)
         # Where one is named only that one can be called, but the prompt has all of them.
-        named = choice.function.name if isinstance(choice, NamedChoice) else None
-        visible = frozenset(token for name, token in self._special.items() if name in self._form.markers)
         return ToolUse(
-            tools, choice not in (None, "auto"), named, fields.parallel_tool_calls, self._form, visible
+            tuple(function.described() for function in offer.functions),
+            must=offer.choice == "required",
+            named=offer.named,
+            parallel=offer.parallel,
+            form=self._form,
+            visible=frozenset(token for name, token in self._special.items() if name in self._form.markers),
+            schemas_at=offer.schemas,
         )
 
     def grammar(self, use: ToolUse | None, structure: Structure | None) -> str | None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from loramux.server.engine.protocol import Work
 from tests.kit import byte_tokenizer
 
 TOOLS: list[dict[str, Any]] = [
@@ -67,3 +68,18 @@ def tool_tokenizer(form: str) -> Any:
     tokenizer.add_tokens([AddedToken(marker, special=True) for marker in MARKERS[form]], special_tokens=True)
     tokenizer.chat_template = template(form)
     return tokenizer
+
+
+HERMES = tool_tokenizer("hermes")
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
+NOW = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+
+
+class Speaker:
+    """The script of an engine: it says `text`."""
+
+    text = ""
+
+    def __call__(self, _: Work) -> list[int]:
+        ids: list[int] = HERMES(self.text, add_special_tokens=False)["input_ids"]
+        return ids

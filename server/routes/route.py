@@ -20,7 +20,8 @@ def route_routes(parts: Parts) -> APIRouter:
         asked = parse(RouteRequest, await read_json(request, limits.max_body_bytes), limits)
         if asked.model not in (None, "auto"):
             raise RequestError("only model auto is routed", param="model", code="invalid_value")
-        text = asked.input if asked.messages is None else routing_text(asked.messages)
+        turns = [message.turn for message in asked.messages or ()]
+        text = asked.input if asked.messages is None else routing_text(turns)
         with parts.lifecycle.working():
             explained = await parts.selector.explain(text or "", asked.routing, chart=asked.map)
         return Response(encode_json(explained), media_type="application/json")

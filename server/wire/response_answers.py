@@ -27,6 +27,34 @@ class OutputMessage(TypedDict):
     content: list[OutputText]
 
 
+class OutputCall(TypedDict):
+    """A call that the client is to make; `arguments` is the JSON text of an object."""
+
+    id: str
+    type: Literal["function_call"]
+    status: Literal["in_progress", "completed"]
+    call_id: str
+    name: str
+    arguments: str
+
+
+class OfferedTool(TypedDict):
+    """A function that was offered."""
+
+    type: Literal["function"]
+    name: str
+    description: str | None
+    parameters: dict[str, Any] | None
+    strict: bool
+
+
+class ChosenTool(TypedDict):
+    """The function that had to be called."""
+
+    type: Literal["function"]
+    name: str
+
+
 class CachedTokens(TypedDict):
     """Input tokens that were found in the cache; writing them is not counted."""
 
@@ -78,7 +106,7 @@ class Response(TypedDict):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputCall]
     parallel_tool_calls: bool
     previous_response_id: None
     reasoning: dict[str, str | None]
@@ -86,8 +114,8 @@ class Response(TypedDict):
     store: Literal[False]
     temperature: float
     text: dict[str, dict[str, Any]]
-    tool_choice: Literal["auto"]
-    tools: list[Any]
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool
+    tools: list[OfferedTool]
     top_logprobs: int
     top_p: float
     truncation: Literal["disabled"]
@@ -102,16 +130,19 @@ class ResponseEvent(TypedDict):
     type: Literal[
         "response.created", "response.in_progress", "response.output_item.added",
         "response.content_part.added", "response.output_text.delta", "response.output_text.done",
-        "response.content_part.done", "response.output_item.done", "response.completed",
-        "response.incomplete", "response.failed",
+        "response.content_part.done", "response.output_item.done",
+        "response.function_call_arguments.delta", "response.function_call_arguments.done",
+        "response.completed", "response.incomplete", "response.failed",
     ]  # fmt: skip
     sequence_number: int
     response: NotRequired[Response]
     output_index: NotRequired[int]
     content_index: NotRequired[int]
     item_id: NotRequired[str]
-    item: NotRequired[OutputMessage]
+    item: NotRequired[OutputMessage | OutputCall]
     part: NotRequired[OutputText]
     delta: NotRequired[str]
     text: NotRequired[str]
+    name: NotRequired[str]
+    arguments: NotRequired[str]
     logprobs: NotRequired[list[ScoredChatToken]]

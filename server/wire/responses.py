@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: the request, and the JSON of its items. Text alone, and nothing is stored."""
+"""`POST /v1/responses`: the request, and the JSON of an answer around its items. Nothing is stored."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -7,14 +7,14 @@ from pydantic import (
     Field,
     GetJsonSchemaHandler,
     ValidationInfo,
-    WithJsonSchema,
     field_validator,
     model_validator,
 )
 from pydantic_core import CoreSchema
 
+from loramux.server.text.prompts import Turn
 from loramux.server.wire.generation import Effort, GenerationFields
-from loramux.server.wire.messages import Message
+from loramux.server.wire.response_items import InputItem, turns
 from loramux.server.wire.strict import (
     MAX_TOKENS,
     StrictModel,
@@ -24,6 +24,7 @@ from loramux.server.wire.strict import (
     no_longer_than,
 )
 from loramux.server.wire.structured import ANY_OBJECT, Schema, Structure
+from loramux.server.wire.tools import FunctionToolFields, NamedFunctionTool
 
 LOGPROBS = "message.output_text.logprobs"
 # The others ask for parts of what tools, images and hidden reasoning leave behind, which no answer here has.
@@ -32,79 +33,13 @@ Includable = Literal[
     "web_search_call.results", "web_search_call.action.sources", "message.input_image.image_url",
     "computer_call_output.output.image_url", "code_interpreter_call.outputs",
 ]  # fmt: skip
-# What the parts of an answer are called, and the field that has their text.
-_PARTS = {"input_text": "text", "output_text": "text", "refusal": "refusal"}
-# What is beside it in an answer that is put back, and says nothing to a model.
-_BESIDE = {"annotations", "logprobs", "prompt_cache_breakpoint"}
-# Labels that the answer repeats.
-_ECHOED = {"metadata", "parallel_tool_calls"}
-_CONTENT = {
-    "anyOf": [
-        {"type": "string"},
-        {
-            "type": "array",
-            "items": {
-                "anyOf": [
-                    {
-                        "type": "object",
-                        "required": ["type", field],
-                        "properties": {"type": {"const": kind}, field: {"type": "string"}},
-                    }
-                    for kind, field in _PARTS.items()
-                ]
-            },
-        },
-    ],
-    "description": "A text, or its parts.",
-}
-
-
-class InputMessage(StrictModel):
-    """A message of the input, or one of an earlier answer put back as it came."""
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, WithJsonSchema(_CONTENT)]
-    id: str | None = Field(None, max_length=256)
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-    phase: Literal["commentary", "final_answer"] | None = None
-
-    @field_validator("type", mode="before")
-    @classmethod
-    def _served(cls, value: object) -> object:
-        if value == "item_reference":
-            raise ValueError("nothing is stored to refer to; send the item itself (store: false)")
-        if value != "message":
-            raise ValueError(f"items of type {str(value)[:40]!r} are not supported by this server")
-        return value
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _text(cls, value: object) -> object:
-        return "".join(_part(part) for part in value) if isinstance(value, list) else value
-
-    @property
-    def message(self) -> Message:
-        """The turn of a chat that it is."""
-        return Message.model_validate({"role": self.role, "content": self.content})
-
-
-def _part(part: object) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
-    field = _PARTS.get(kind) if isinstance(kind, str) else None
-    if not isinstance(part, dict) or field is None:
-        raise ValueError(f"parts of type {str(kind)[:40]!r} are not supported by this server")
-    text = part.get(field)
-    if set(part) - _BESIDE != {"type", field} or not isinstance(text, str):
-        raise ValueError(f"a part of type {kind} has exactly the fields type and {field}")
-    return text
 
 
 def _items(value: object, info: ValidationInfo) -> object:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
-        raise ValueError("must be a text or a list of messages, and not empty")
+        raise ValueError("must be a text or a list of items, and not empty")
     return no_longer_than(value, limits_of(info).max_messages)
 
 
@@ -169,10 +104,10 @@ class ObfuscationOptions(StrictModel):
     include_obfuscation: bool = False
 
 
-class ResponseRequest(GenerationFields):
+class ResponseRequest(GenerationFields, FunctionToolFields):
     """An OpenAI Responses request, with the extensions of chats and their sampling parameters."""
 
-    input: Annotated[list[InputMessage], BeforeValidator(_items), _AsText()]
+    input: Annotated[list[InputItem], BeforeValidator(_items), _AsText()]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     include: list[Includable] = Field(default_factory=list, max_length=16)
@@ -181,11 +116,13 @@ class ResponseRequest(GenerationFields):
     reasoning: ReasoningConfig | None = None
     truncation: Literal["disabled"] = "disabled"
     metadata: dict[str, str] = Field(default_factory=dict, max_length=16)
-    parallel_tool_calls: bool = True
     stream_options: ObfuscationOptions | None = None  # type: ignore[assignment]
 
-    # Tools, of the client's or built in, are refused here until they are served.
-    UNSUPPORTED: ClassVar[frozenset[str]] = GenerationFields.UNSUPPORTED - _ECHOED | {
+    # Metadata is repeated in the answer.
+    UNSUPPORTED: ClassVar[frozenset[str]] = GenerationFields.UNSUPPORTED - {
+        "metadata",
+        *FunctionToolFields.model_fields,
+    } | {
         "access_programs", "background", "background_options", "context_management", "conversation", "image",
         "logprobs", "max_completion_tokens", "max_tokens", "max_tool_calls", "messages", "n",
         "previous_response_id", "prompt", "prompt_cache_options", "response_format",
@@ -225,22 +162,10 @@ class ResponseRequest(GenerationFields):
         return [*([] if formatted is None else [formatted]), *super()._structures]
 
     @property
-    def messages(self) -> list[Message]:
+    def turns(self) -> list[Turn]:
         """Instructions and input as one chat."""
-        chat = [item.message for item in self.input]
-        if self.instructions is not None:
-            chat.insert(0, Message.model_validate({"role": "system", "content": self.instructions}))
-        return chat
-
-
-def output_text(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The only part of a message here."""
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-def output_message(id: str, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-    """The only item of an output here."""
-    return {"id": id, "type": "message", "status": status, "role": "assistant", "content": content}
+        told = [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
+        return [*told, *turns(self.input)]
 
 
 def response_body(request: ResponseRequest, id: str, created: int, **state: Any) -> dict[str, Any]:
@@ -264,8 +189,8 @@ def response_body(request: ResponseRequest, id: str, created: int, **state: Any)
         "store": False,
         "temperature": request.temperature,
         "text": {"format": request.format.described()},
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": _as_given(request.tool_choice),
+        "tools": [tool.model_dump() for tool in request.tools or ()],
         "top_logprobs": request.top_logprobs or 0,
         "top_p": request.top_p,
         "truncation": request.truncation,
@@ -273,3 +198,7 @@ def response_body(request: ResponseRequest, id: str, created: int, **state: Any)
         "user": request.user,
         **state,
     }
+
+
+def _as_given(choice: NamedFunctionTool | str | None) -> dict[str, Any] | str:
+    return choice.model_dump() if isinstance(choice, NamedFunctionTool) else choice or "auto"

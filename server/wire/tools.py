@@ -1,13 +1,36 @@
-"""Tools of a chat: what a client offers, which it wants called, and calls that were made before."""
+"""Tools: what a client offers, which it wants called, and calls that were made before."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from loramux.server.wire.strict import StrictModel, field_error, limits_of, no_longer_than
 
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+#: Of chats, with a tool's function as an object in it, and of Responses, with its fields beside the type.
+CHAT_SCHEMAS, RESPONSE_SCHEMAS = "tools[{}].function.parameters", "tools[{}].parameters"
+
+
+def _an_object(value: str) -> str:
+    try:
+        arguments = json.loads(value or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise ValueError("is not the JSON of an object")
+    return value or "{}"
+
+
+Arguments = Annotated[str, AfterValidator(_an_object)]
 
 
 class Function(StrictModel):
@@ -27,22 +50,31 @@ class Function(StrictModel):
             raise ValueError("properties must be an object")
         return value
 
-
-class Tool(StrictModel):
-    """An entry of `tools`."""
-
-    type: Literal["function"]
-    function: Function
-
     def described(self) -> dict[str, Any]:
         """As chat templates take it."""
-        function = {"name": self.function.name, "parameters": self.function.parameters or NO_PARAMETERS}
-        if self.function.description is not None:
-            function["description"] = self.function.description
+        function = {"name": self.name, "parameters": self.parameters or NO_PARAMETERS}
+        if self.description is not None:
+            function["description"] = self.description
         return {"type": "function", "function": function}
 
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class _OfFunctions(StrictModel):
+    """Tools of other types run on a server, which this one does not do."""
+
+    type: Literal["function"]
+
+
+class Tool(_OfFunctions):
+    """An entry of `tools`."""
+
+    function: Function
+
+
+class FunctionTool(Function, _OfFunctions):
+    """An entry of `tools` of Responses."""
 
 
 class NamedFunction(StrictModel):
@@ -51,19 +83,42 @@ class NamedFunction(StrictModel):
     name: FunctionName
 
 
-class NamedChoice(StrictModel):
+class NamedChoice(_OfFunctions):
     """A `tool_choice` that names the function to be called."""
 
-    type: Literal["function"]
     function: NamedFunction
+
+
+class NamedFunctionTool(NamedFunction, _OfFunctions):
+    """The same of Responses."""
+
+
+Choice = Literal["none", "auto", "required"]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The functions that a request offers, which has to be called if any, and whether several may be.
+
+    `schemas` is the name of the field with the schema of the function of a number.
+    """
+
+    functions: tuple[Function, ...]
+    choice: Choice
+    named: str | None
+    parallel: bool
+    schemas: str = CHAT_SCHEMAS
 
 
 class ToolFields(StrictModel):
     """The fields of a chat about tools."""
 
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    tool_choice: Choice | NamedChoice | None = None
     parallel_tool_calls: bool = True
+
+    NAMED: ClassVar[type[StrictModel]] = NamedChoice
+    NAME: ClassVar[str] = "function.name"
 
     @field_validator("tools", mode="before")
     @classmethod
@@ -79,38 +134,55 @@ class ToolFields(StrictModel):
     def _known_choice(cls, value: object) -> object:
         if isinstance(value, str) and value not in ("none", "auto", "required"):
             raise ValueError("must be none, auto, required, or name a function")
-        return NamedChoice.model_validate(value) if isinstance(value, dict) else value
+        return cls.NAMED.model_validate(value) if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _tools_fit(self) -> Self:
+        offer = self.offer
         names: list[str] = []
-        for index, tool in enumerate(self.tools or ()):
-            if tool.function.name in names:
-                raise field_error(f"tools[{index}].function.name", "is the name of another tool too")
-            names.append(tool.function.name)
-        if self.tool_choice == "required" and not names:
+        for index, function in enumerate(offer.functions):
+            if function.name in names:
+                raise field_error(f"tools[{index}].{self.NAME}", "is the name of another tool too")
+            names.append(function.name)
+        if offer.named is not None and offer.named not in names:
+            raise field_error(f"tool_choice.{self.NAME}", "is not the name of one of the tools")
+        if offer.choice == "required" and not names:
             raise field_error("tool_choice", "required needs tools")
-        if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
-            raise field_error("tool_choice.function.name", "is not the name of one of the tools")
         return self
+
+    @property
+    def offer(self) -> Offer:
+        """The fields as one."""
+        functions = tuple(tool.function for tool in self.tools or ())
+        choice = self.tool_choice
+        if isinstance(choice, NamedChoice):
+            return Offer(functions, "required", choice.function.name, self.parallel_tool_calls)
+        return Offer(functions, choice or "auto", None, self.parallel_tool_calls)
+
+
+class FunctionToolFields(ToolFields):
+    """The same fields of a request of Responses."""
+
+    tools: list[FunctionTool] | None = None  # type: ignore[assignment]
+    tool_choice: Choice | NamedFunctionTool | None = None  # type: ignore[assignment]
+
+    NAMED = NamedFunctionTool
+    NAME = "name"
+
+    @property
+    def offer(self) -> Offer:
+        functions: tuple[Function, ...] = tuple(self.tools or ())
+        choice = self.tool_choice
+        named = choice.name if isinstance(choice, NamedFunctionTool) else None
+        rule: Choice = "required" if isinstance(choice, NamedFunctionTool) else choice or "auto"
+        return Offer(functions, rule, named, self.parallel_tool_calls, RESPONSE_SCHEMAS)
 
 
 class CalledFunction(StrictModel):
     """The function of a call, with its arguments as JSON text."""
 
     name: FunctionName
-    arguments: str
-
-    @field_validator("arguments")
-    @classmethod
-    def _an_object(cls, value: str) -> str:
-        try:
-            arguments = json.loads(value or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise ValueError("is not the JSON of an object")
-        return value or "{}"
+    arguments: Arguments
 
 
 class Call(StrictModel):
@@ -122,9 +194,13 @@ class Call(StrictModel):
     index: int | None = None
 
     def described(self) -> dict[str, Any]:
-        """As chat templates take it: arguments as an object."""
-        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
-        return {"id": self.id, "type": self.type, "function": function}
+        """As chat templates take it."""
+        return described_call(self.id, self.function.name, self.function.arguments)
+
+
+def described_call(id: str, name: str, arguments: str) -> dict[str, Any]:
+    """A call as chat templates take it: arguments as an object."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": json.loads(arguments)}}
 
 
 def _few_calls(value: object, info: ValidationInfo) -> object:

@@ -19,9 +19,12 @@ ASK: dict[str, Any] = {"model": "auto", "messages": [{"role": "user", "content":
 PROMPT: dict[str, Any] = {"model": "auto", "prompt": "law math"}
 
 INPUT: dict[str, Any] = {"model": "auto", "input": "law math"}
+TOOL = {"type": "function", "name": "f", "parameters": {"type": "object"}, "strict": True}
 TURNS: list[Any] = [
     {"role": "user", "content": [{"type": "input_text", "text": "law"}]},
     {"type": "message", "role": "assistant", "content": "yes", "id": "msg_1", "status": "completed"},
+    {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "id": "fc_1"},
+    {"type": "function_call_output", "call_id": "c", "output": [{"type": "input_text", "text": "x"}]},
 ]
 
 
@@ -91,6 +94,7 @@ REQUESTS: list[tuple[str, str, dict[str, Any] | None, int]] = [
     ("post", RESPONSES, {**INPUT, "input": TURNS, "max_output_tokens": 3, "instructions": "Be kind."}, 200),
     ("post", RESPONSES, {**INPUT, "include": ["message.output_text.logprobs"], "top_logprobs": 2}, 200),
     ("post", RESPONSES, {**INPUT, "metadata": {"a": "b"}, "store": False, "tools": [], "text": {}}, 200),
+    ("post", RESPONSES, {**INPUT, "tools": [TOOL], "tool_choice": "none"}, 200),
     ("post", "/v1/route", {"input": "law"}, 200),
     ("post", "/v1/route", {"messages": ASK["messages"], "routing": {"top_m": 1}}, 200),
     ("post", "/tokenize", {"prompt": "the", "return_token_strs": True}, 200),

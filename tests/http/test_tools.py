@@ -9,26 +9,12 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from loramux.server.engine.protocol import Work
 from tests.http.live import Live, live
 from tests.http.serving import BASE, Served, serving
 from tests.kit import ScriptedEngine
-from tests.tool_kit import TOOLS, tool_tokenizer
+from tests.tool_kit import CALL, HERMES, NOW, TOOLS, Speaker, tool_tokenizer
 
-HERMES = tool_tokenizer("hermes")
-CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>'
-NOW = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
 USER: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
-
-
-class Speaker:
-    """The script of an engine: it says `text`."""
-
-    text = ""
-
-    def __call__(self, _: Work) -> list[int]:
-        ids: list[int] = HERMES(self.text, add_special_tokens=False)["input_ids"]
-        return ids
 
 
 @pytest.fixture(scope="module")

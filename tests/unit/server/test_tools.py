@@ -22,7 +22,7 @@ from tests.kit import CHAT_TEMPLATE
 from tests.tool_kit import MARKERS, TOOLS, template, tool_tokenizer
 
 FORMS: Any = tuple(TEMPLATES)
-DESCRIBED = [Tool.model_validate(tool).described() for tool in TOOLS]
+DESCRIBED = [Tool.model_validate(tool).function.described() for tool in TOOLS]
 WEATHER = {"city": "Köln", "days": 3}
 WRITTEN = {
     "hermes": '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Köln", "days": 3}}\n</tool_call>\n'
@@ -150,7 +150,7 @@ def used(form: str, **fields: Any) -> tuple[Toolkit, ToolUse, Any]:
     tokenizer = tool_tokenizer(form)
     toolkit = Toolkit(tokenizer, Vocabulary.from_tokenizer(tokenizer), "auto")
     use = toolkit.use(
-        ToolFields.model_construct(tools=[Tool.model_validate(tool) for tool in TOOLS], **fields)
+        ToolFields.model_construct(tools=[Tool.model_validate(tool) for tool in TOOLS], **fields).offer
     )
     assert use is not None
     return toolkit, use, tokenizer
