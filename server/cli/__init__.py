@@ -6,7 +6,10 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from typer.completion import completion_init, get_completion_script
+from typer.completion import (  # type: ignore[attr-defined]
+    completion_init,
+    get_completion_script,
+)
 
 from loramux.server.cli.commands import COMMANDS, Commands, help_without_command, listed_only
 from loramux.server.cli.failures import explain

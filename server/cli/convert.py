@@ -14,7 +14,8 @@ def convert(
         Path | None, typer.Option(help="Directory to write; unset: the other file is added to FOLDER.")
     ] = None,
     layout: Annotated[
-        int | None, typer.Option(min=3, max=3, metavar="3", help="Rename the keys of MixLoRA layouts 1 and 2.")
+        int | None,
+        typer.Option(min=3, max=3, metavar="3", help="Rename the keys of MixLoRA layouts 1 and 2."),
     ] = None,
     to_bin: Annotated[
         bool, typer.Option("--to-bin", help="Write adapter_model.bin, for upstream programs.")

@@ -17,7 +17,9 @@ def explain(error: Exception) -> Failure | None:
     if isinstance(error, TyperException):
         context = getattr(error, "ctx", None)
         path = "loramux" if context is None else context.command_path
-        return _failure(f"{error.format_message().rstrip().rstrip('.')}; see `{path} --help`", error.exit_code)
+        return _failure(
+            f"{error.format_message().rstrip().rstrip('.')}; see `{path} --help`", error.exit_code
+        )
     # These are not imported for a command that ends well.
     from loramux.adapters.errors import AdapterError
     from loramux.adapters.training.errors import OptionError

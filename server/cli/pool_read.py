@@ -24,7 +24,7 @@ def check(
 
     Example: loramux pool check my-pool
     """
-    from loramux.server.pool.manifest import PoolError, verify
+    from loramux.server.pool.manifest import verify
     from loramux.server.settings import DEFAULT_POOL
 
     root = pool or DEFAULT_POOL
@@ -33,10 +33,10 @@ def check(
         from loramux.server.pool.check import check_content
 
         problems += check_content(root)
-    for problem in problems[:-1]:
+    for problem in problems:
         typer.echo(f"loramux: error: {' '.join(problem.split())}", err=True)
     if problems:
-        raise PoolError(problems[-1])
+        raise typer.Exit(1)
     typer.echo(f"{root}: {'its files are as they were made' if files else 'sound'}")
 
 

@@ -20,7 +20,8 @@ _BATCH = 64
 
 def route(
     text: Annotated[
-        str | None, typer.Argument(metavar="[TEXT]", help="The text to route; - reads a text a line of stdin.")
+        str | None,
+        typer.Argument(metavar="[TEXT]", help="The text to route; - reads a text a line of stdin."),
     ] = None,
     file: Annotated[
         Path | None,

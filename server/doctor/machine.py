@@ -68,7 +68,7 @@ def _cpu() -> Iterator[Finding]:
         yield Finding(
             "threads",
             Level.WARNING,
-            f"torch takes {threads} threads, and this process may use {cores} cores: they wait for each other",
+            f"torch takes {threads} threads, and this process has {cores} cores: they wait for each other",
             f"set OMP_NUM_THREADS={cores}",
         )
     else:
@@ -119,7 +119,9 @@ def _kernels(device: torch.device) -> Finding:
             if library() is None:
                 missing.append(name)
         except (OSError, AttributeError) as error:
-            return Finding("kernels", Level.PROBLEM, f"{name} is compiled, but cannot be loaded: {error}", _BUILD)
+            return Finding(
+                "kernels", Level.PROBLEM, f"{name} is compiled, but cannot be loaded: {error}", _BUILD
+            )
     if missing:
         text = f"not compiled: {', '.join(missing)}; answers are the same, and slower"
         return Finding("kernels", Level.WARNING, text, _BUILD)
@@ -146,7 +148,7 @@ def _release_at(settings: Settings) -> str | None:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)  # noqa: S104
     shown = f"[{host}]" if ":" in host else host
     try:
-        with urlopen(f"http://{shown}:{settings.port}/openapi.json", timeout=2) as answer:  # noqa: S310
+        with urlopen(f"http://{shown}:{settings.port}/openapi.json", timeout=2) as answer:
             about = json.load(answer)["info"]
             return str(about["version"]) if "loramux" in str(about["title"]).lower() else None
     except (OSError, ValueError, KeyError, TypeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 
 import torch
@@ -22,7 +22,7 @@ from loramux.server.engine.model import BaseModelError
 from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint
 from loramux.server.memory.budget import Budget
-from loramux.server.pool.facts import read_facts
+from loramux.server.pool.facts import ExpertFacts, read_facts
 from loramux.server.pool.manifest import ExpertEntry, Pool, PoolError, read_pool, verify
 from loramux.server.pool.routing import load_pool_router
 from loramux.server.pool.show import encoder_text
@@ -101,7 +101,11 @@ def _router(settings: Settings, pool: Pool) -> Finding:
 
 def _experts(pool: Pool, shapes: BaseShapes) -> Iterator[Finding]:
     """Experts that cannot be served, do nothing, or are no better than the base."""
-    facts = read_facts(pool)
+    facts: Mapping[str, ExpertFacts] = {}
+    try:
+        facts = read_facts(pool)
+    except PoolError as error:
+        yield Finding("experts", Level.PROBLEM, str(error), "restore the file, or take it out of pool.json")
     sound = 0
     for entry in pool.manifest.experts:
         mend = f"train it again, or take it out: loramux pool remove {pool.root} --id {entry.id}"
@@ -117,7 +121,7 @@ def _experts(pool: Pool, shapes: BaseShapes) -> Iterator[Finding]:
                 f"first {idle[0]}"
             )
             yield Finding("experts", Level.NOTE, text)
-        gain = facts[entry.id].measured.gain
+        gain = facts.get(entry.id, ExpertFacts()).measured.gain
         if gain is not None and gain <= 0:
             text = f"{entry.id}: no better than the base on rows it never saw ({gain:+.4f} nats a token)"
             yield Finding("experts", Level.WARNING, text, mend)

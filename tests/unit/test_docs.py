@@ -6,11 +6,8 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
-from typer.main import get_command
 
-from loramux.server.cli import app
-from loramux.server.cli.pool import app as pool_app
-from loramux.server.cli.train import app as train_app
+from loramux.server.cli.commands import COMMANDS, load
 from loramux.server.engine.protocol import EngineStats
 from loramux.server.metrics import Metrics
 from loramux.server.settings import DEFAULT_POOL, setting_names
@@ -81,10 +78,15 @@ def documented_commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", documented_commands(), ids=" ".join)
 def test_documented_commands_and_their_options_exist(words: list[str]) -> None:
-    groups = {"pool": pool_app, "train": train_app}
-    group, rest = (groups[words[1]], words[2:]) if words[1] in groups else (app, words[1:])
-    commands = get_command(group).commands  # type: ignore[attr-defined]
-    known = {option for parameter in commands[rest[0]].params for option in parameter.opts}
+    name, rest = words[1], words[2:]
+    if name.startswith("--"):
+        assert name in ("--help", "--version", "--completion")
+        return
+    assert name in COMMANDS
+    command = load(name)
+    if hasattr(command, "commands"):
+        command, rest = command.commands[rest[0]], rest[1:]
+    known = {option for parameter in command.params for option in parameter.opts}
     assert {word for word in rest if word.startswith("--")} <= known
 
 

@@ -3,37 +3,71 @@
 import subprocess
 import sys
 
-import pytest
-
 from tests.kit import DEMO_POOL
 
 HEAVY = ("torch", "transformers", "peft", "sentence_transformers")
+POOL = str(DEMO_POOL)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["--version"],
-        ["version"],
-        ["config"],
-        # An encoder that is a transformer needs torch; a static one does not.
-        ["route", "--pool", str(DEMO_POOL), "find all txt files"],
-    ],
-    ids=lambda arguments: arguments[0],
-)
-def test_it_once_imported_the_engine(arguments: list[str]) -> None:
+def codes_without(modules: tuple[str, ...], *commands: list[str]) -> list[int]:
+    """The exit codes of commands, one after the other in a fresh process, that must import none of the
+    modules."""
     script = f"""
-import sys
-from loramux.server.cli import app
-sys.argv = ["loramux", *{arguments!r}]
-try:
-    app(prog_name="loramux")
-except SystemExit as end:
-    assert not end.code, end.code
-assert not [name for name in {HEAVY!r} if name in sys.modules], sorted(sys.modules)
+import contextlib, io, sys
+from loramux.server.cli import main
+codes = []
+for arguments in {list(commands)!r}:
+    sys.argv = ["loramux", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            main()
+        except SystemExit as end:
+            codes.append(end.code or 0)
+    found = [name for name in {modules!r} if name in sys.modules]
+    assert not found, (arguments, found)
+print(*codes)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
+    return [int(code) for code in done.stdout.split()]
+
+
+def test_what_comes_before_a_command_imports_next_to_nothing() -> None:
+    light = (*HEAVY, "numpy", "rich", "uvicorn", "fastapi", "yaml", "pydantic_settings", "loramux.router")
+    commands = [["--version"], ["version"], ["--completion", "bash"], ["--help"], ["nonsense"]]
+    assert codes_without(light, *commands) == [0, 0, 0, 0, 2]
+
+
+def test_reading_commands_do_not_import_the_engine() -> None:
+    commands = [
+        ["config"],
+        ["pool", "list"],
+        ["pool", "show", POOL],
+        ["pool", "show", "--json", POOL],
+        ["pool", "check", "--files", POOL],
+        ["train", "lora", "--help"],
+        ["serve", "--help"],
+        # An encoder that is a transformer needs torch; a static one does not.
+        ["route", "--pool", POOL, "find all txt files"],
+    ]
+    assert codes_without(HEAVY, *commands) == [0] * len(commands)
+
+
+def test_mistakes_are_known_without_the_engine() -> None:
+    usage = [
+        ["route"],
+        ["serve", "--set", "x"],
+        ["serve", "--port", "many"],
+        ["train", "lora", "--rank", "0"],
+        ["pool", "build"],
+        ["evaluate"],
+    ]
+    failures = [
+        ["pool", "check", "/absent"],
+        ["chat", "--url", "http://127.0.0.1:9"],
+        ["config", "--set", "port=-1"],
+        ["doctor", "--set", "port=-1"],
+    ]
+    assert codes_without(HEAVY, *usage, *failures) == [2] * len(usage) + [1] * len(failures)
