@@ -16,7 +16,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
 
-from benchmarks import decode, footprint, gpu, latency, machine, merge, plot, routing, sparse, steps, weights
+from benchmarks import (
+    decode,
+    footprint,
+    gpu,
+    latency,
+    machine,
+    merge,
+    plot,
+    routing,
+    sparse,
+    steps,
+    strategies,
+    weights,
+)
 from benchmarks.bench import Bench
 from benchmarks.report import Result, table
 from benchmarks.shapes import SHAPES
@@ -44,6 +57,7 @@ SCENARIOS = {
     "floor": Scenario(footprint.floor),
     "mixlora": Scenario(sparse.mixlora_ffn),
     "loracoe": Scenario(sparse.loracoe_gate),
+    "strategies": Scenario(strategies.strategies),
     "weights": Scenario(weights.weights),
     "steps": Scenario(steps.steps, "cuda"),
     "gated_lora": Scenario(gpu.gated_lora, "cuda"),

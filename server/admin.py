@@ -31,9 +31,9 @@ class AdapterAdmin:
     """One change at a time; a load that fails leaves nothing behind.
 
     `read` takes a directory, an id and options, and gives the checked adapter or sparse model, whichever the
-    files are. A loaded expert can be named, by `model` or in `lora`, and takes part in `arrow`. It is routed
-    to if the router knows its content, or comes to know it by example texts. A sparse model can be named by
-    `model`.
+    files are. A loaded expert can be named, by `model` or in `lora`, and takes part in `arrow`, `spectr` and
+    `logo`. It is routed to if the router knows its content, or comes to know it by example texts. A sparse
+    model can be named by `model`.
     """
 
     def __init__(

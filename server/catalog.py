@@ -209,5 +209,6 @@ class Catalog:
 
 
 def route_fields(source: Source | None) -> dict[str, Any]:
-    """What answers say of an expert's route; one without is served by name, in `lora` and by arrow."""
+    """What answers say of an expert's route; one without is served by name, in `lora` and by
+    strategies that ask the experts."""
     return {"routable": False} if source is None else {"routable": True, "route_from": source}

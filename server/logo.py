@@ -49,7 +49,7 @@ class Logo:
         known = self._known.get(key)
         if known is None:
             started = time.monotonic()
-            listener = await self._pass(prompt, module)
+            listener = await self.listen(prompt, module)
             x = await asyncio.to_thread(listener.heard)
             if x is None:
                 raise RequestError(
@@ -65,7 +65,8 @@ class Logo:
         self._known.move_to_end(key)
         return known
 
-    async def _pass(self, prompt: tuple[int, ...], module: str) -> Listener:
+    async def listen(self, prompt: tuple[int, ...], module: str) -> Listener:
+        """A pass of the base over the prompt, heard at a module."""
         listener = Listener(module)
         scored = Sampling(max_tokens=0, temperature=0.0)
         work = Work(f"probe-{uuid.uuid4().hex}", prompt, scored, Handle(_BASE_KEY, listener))

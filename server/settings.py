@@ -108,7 +108,7 @@ class ResidencySettings(Section):
         default=2**28,
         ge=0,
         description="Bytes on the device for sparse models that are loaded later and for the copies that "
-        "arrow makes of its experts.",
+        "arrow and spectr make of their experts.",
     )
     max_blends: int = Field(
         default=4096,

@@ -45,12 +45,14 @@ class ExpertGate:
         return torch.zeros_like(scores).scatter_(-1, at, (best / self.temperature).softmax(-1))
 
 
-def block_norms(hidden: Tensor, owner: Tensor, experts: int) -> Tensor:
+def block_norms(hidden: Tensor, owner: Tensor, experts: int, *, even: bool = False) -> Tensor:
     """The length of every expert's block of A x: hidden [T, Σr], and the expert of each column, -> [T, E], in
-    float32 at least."""
-    squares = _wide(hidden).square()
-    norms = squares.new_zeros(hidden.shape[0], experts).index_add_(-1, owner, squares)
-    return norms.sqrt_()
+    float32 at least. `even`: all experts are of one rank, which is one operation."""
+    wide = _wide(hidden)
+    if even:
+        return torch.linalg.vector_norm(wide.unflatten(-1, (experts, -1)), dim=-1)
+    squares = wide.square()
+    return squares.new_zeros(hidden.shape[0], experts).index_add_(-1, owner, squares).sqrt_()
 
 
 class Shrink:
@@ -143,6 +145,7 @@ class ExpertGated:
         owners = [torch.full((factor.shape[0],), i, dtype=torch.int32) for i, factor in enumerate(a)]
         self._owner = torch.cat(owners).to(a[0].device)  # the expert of a row
         self._experts = len(a)
+        self._even = len({factor.shape[0] for factor in a}) == 1
         self.watch: Watch | None = None
         self._set_gate(gate)
 
@@ -167,7 +170,7 @@ class ExpertGated:
         else:
             hidden, products = self._shrink(x)
             if self._by_norm:
-                products = block_norms(hidden, self._owner, self._experts)
+                products = block_norms(hidden, self._owner, self._experts, even=self._even)
             gate = self._gate(products)
             _expand_(y, hidden * gate.index_select(-1, self._owner), self._bt)
         if self.watch is not None:

@@ -42,6 +42,7 @@ def route(
         loramux route "Write a haiku about rain"
         loramux route --file prompts.txt > decisions.jsonl
     """
+    from loramux.router.decision import STRATEGIES
     from loramux.server.pool.routing import load_pool_router, open_pool
     from loramux.server.settings import load_settings
     from loramux.server.wire.decision import explained
@@ -49,6 +50,9 @@ def route(
     texts = _texts(text, file)
     settings = load_settings(config, {} if pool is None else {"pool": pool})
     router = load_pool_router(settings, open_pool(settings))
+    if settings.routing.strategy not in STRATEGIES:
+        served = settings.routing.strategy
+        typer.echo(f"the server's strategy is {served}, which asks the experts; the router says:", err=True)
     if texts is not None:
         for batch in _batches(texts):
             for one, decision in zip(batch, router.decide(batch), strict=True):

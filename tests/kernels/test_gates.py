@@ -64,10 +64,10 @@ def test_a_fresh_router_shrinks_the_delta_to_one_part_in_rank_and_the_gain_undoe
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("ranks", [[4, 1, 7, 2, 4], [3] * 5], ids=str)
 @pytest.mark.parametrize("method", ["loramoe", "mola", "arrow", "spectr"])
-def test_mixtures_of_experts_equal_their_scripts(method: str, dtype: torch.dtype) -> None:
+def test_mixtures_of_experts_equal_their_scripts(method: str, dtype: torch.dtype, ranks: list[int]) -> None:
     tokens, n_in, n_out, k = draw(1, 20), 19, 31, 2
-    ranks = [4, 1, 7, 2, 4]
     made = {
         "loramoe": ExpertGate(),
         "mola": ExpertGate(k),

@@ -56,6 +56,13 @@ PROMISED = {
         "decode, 16 requests: LoRACoE, of plain LoRA",
         "prefill, 1,024 tokens: the mixture alone, of unfused",
     ],
+    "strategies": [
+        "16 requests, arrow: of base",
+        "16 requests, spectr: of base",
+        "1 x 256 tokens, spectr: of base",
+        "spectr: made ready",
+        "256 tokens: logo, of the first token",
+    ],
     "floor": ["memory, reading", "1 request, base: of the floor"],
     "weights": [
         "256 x 256, tokens: 16, q4_0: float32 / this",
