@@ -12,6 +12,7 @@ from contextlib import aclosing
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.residency import Handle
 from loramux.adapters.responses import Listener, Responders, Signal, common_module
+from loramux.server.engine.local import LocalEngine
 from loramux.server.engine.protocol import Engine, Sampling, Work
 from loramux.server.errors import RequestError
 
@@ -43,6 +44,12 @@ class Logo:
             RequestError: the engine is not of this process, and nothing can be heard in it.
             EngineError: the pass failed.
         """
+        if not isinstance(self._engine, LocalEngine):
+            raise RequestError(
+                "routing.strategy: logo listens inside the base, which must be in this process; the engine is not",
+                param="routing.strategy",
+                code="invalid_value",
+            )
         module, responders = self._responders(experts)
         contents = "\n".join((signal, *(f"{id} {expert.content_hash}" for id, expert in experts.items())))
         key = hashlib.sha256(array("q", prompt).tobytes() + contents.encode()).digest()
@@ -52,11 +59,7 @@ class Logo:
             listener = await self.listen(prompt, module)
             x = await asyncio.to_thread(listener.heard)
             if x is None:
-                raise RequestError(
-                    "routing.strategy: logo listens inside the base, which this engine does not allow",
-                    param="routing.strategy",
-                    code="invalid_value",
-                )
+                raise RuntimeError(f"nothing passed {module} of the base")
             found = responders.signals(x, signal)
             known = self._known[key] = dict(zip(experts, found, strict=True))
             self._observe(time.monotonic() - started)

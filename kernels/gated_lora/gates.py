@@ -50,7 +50,9 @@ def block_norms(hidden: Tensor, owner: Tensor, experts: int, *, even: bool = Fal
     float32 at least. `even`: all experts are of one rank, which is one operation."""
     wide = _wide(hidden)
     if even:
-        return torch.linalg.vector_norm(wide.unflatten(-1, (experts, -1)), dim=-1)
+        tokens, rows = wide.shape
+        norms: Tensor = torch.linalg.vector_norm(wide.reshape(tokens, experts, rows // experts), dim=-1)
+        return norms
     squares = wide.square()
     return squares.new_zeros(hidden.shape[0], experts).index_add_(-1, owner, squares).sqrt_()
 
