@@ -46,7 +46,7 @@ class Logo:
         """
         if not isinstance(self._engine, LocalEngine):
             raise RequestError(
-                "routing.strategy: logo listens inside the base, which must be in this process; the engine is not",
+                "routing.strategy: logo listens inside the base, which this engine has elsewhere",
                 param="routing.strategy",
                 code="invalid_value",
             )

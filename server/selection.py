@@ -6,11 +6,12 @@ from typing import Any, Protocol
 
 from loramux.adapters.blend import EXACT_GRID, Blend
 from loramux.adapters.sparse.token_mixtures import TEMPERATURE, TokenMethod, TokenMixture
-from loramux.router.decision import STRATEGIES, Candidate, Decision, RoutingOptions
+from loramux.router.decision import STRATEGIES, Decision, RoutingOptions
 from loramux.router.encoder import EncoderSpec
 from loramux.router.errors import RouterError, RoutingOptionsError
 from loramux.router.joining import Joined
 from loramux.router.projection import Projection
+from loramux.router.ranked import Candidate
 from loramux.router.router import Router as FittedRouter
 from loramux.router.service import Embedded
 from loramux.server.ask import Ask
