@@ -232,6 +232,19 @@ const checks = {
     for (const part of ["What routing gained", `${explain.tokens} tokens`, explain.base.loss.toFixed(3), explain.blend.loss.toFixed(3), `${explain.top1.expert} alone`]) assert.ok(told.includes(part), `${part} is not in ${told}`);
   },
 
+  async "a strategy that asks the experts says so"() {
+    const page = await open();
+    for (const [strategy, lead] of [["logo", /weighed by how strongly/], ["spectr", /Every token chose/]]) {
+      await set(page, { strategy, max_tokens: "3" });
+      await ask(page, LOGS);
+      assert.equal(page.sent.at(-1).routing.strategy, strategy);
+      await page.locator("[aria-label='Why these experts']").last().click();
+      assert.match(await page.textContent("#why .why"), lead);
+      assert.match(await page.textContent("#why"), /What the router would have done/);
+      await page.press("#panel", "Escape");
+    }
+  },
+
   async "an own mixture is sent as it is set"() {
     const page = await open();
     await page.selectOption("#model", "own mixture");
