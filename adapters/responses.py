@@ -64,14 +64,14 @@ class Responders:
 
     def __init__(self, experts: Sequence[LoraAdapter], module: str) -> None:
         pairs = [expert.pairs[module] for expert in experts]
-        self._a = torch.cat([pair.a.float() for pair in pairs])
-        self._bt = torch.cat([pair.b.float().T * pair.scale for pair in pairs])
-        owner = torch.repeat_interleave(torch.tensor([pair.rank for pair in pairs]))
-        self._mine = torch.nn.functional.one_hot(owner, len(pairs)).T.float()  # [experts, rows]
+        rank = max(pair.rank for pair in pairs)
+        self._a = torch.stack([_padded(pair.a.float(), rank) for pair in pairs])  # [experts, rank, in]
+        self._bt = torch.stack([_padded(pair.b.float().T * pair.scale, rank) for pair in pairs])
 
     def outputs(self, x: Tensor) -> Tensor:
         """ΔW_e x of every expert: `[in]` -> `[experts, out]`."""
-        return (self._mine * (self._a @ x)) @ self._bt
+        hidden = self._a @ x
+        return torch.bmm(hidden[:, None, :], self._bt)[:, 0]
 
     def signals(self, x: Tensor, signal: Signal) -> list[float]:
         """Of every expert, in the order in which they were given; not negative."""
@@ -83,6 +83,11 @@ class Responders:
             found = 1 / (-(chances.exp() * chances).sum(1) + _LEAST_ENTROPY)
         values: list[float] = found.tolist()
         return values
+
+
+def _padded(rows: Tensor, rank: int) -> Tensor:
+    """With rows of zeros up to `rank`: experts may differ in theirs."""
+    return torch.nn.functional.pad(rows, (0, 0, 0, rank - rows.shape[0]))
 
 
 def common_module(experts: Mapping[str, LoraAdapter]) -> str:

@@ -31,7 +31,7 @@ class Logo:
     def __init__(self, engine: Engine, observe: Callable[[float], None]) -> None:
         self._engine = engine
         self._observe = observe
-        self._known: OrderedDict[bytes, Mapping[str, float]] = OrderedDict()
+        self._known: OrderedDict[bytes, array[float]] = OrderedDict()
         self._stacked: tuple[tuple[str, ...], str, Responders] | None = None
 
     async def signals(
@@ -50,7 +50,7 @@ class Logo:
                 param="routing.strategy",
                 code="invalid_value",
             )
-        module, responders = self._responders(experts)
+        module, responders = await self._responders(experts)
         contents = "\n".join((signal, *(f"{id} {expert.content_hash}" for id, expert in experts.items())))
         key = hashlib.sha256(array("q", prompt).tobytes() + contents.encode()).digest()
         known = self._known.get(key)
@@ -60,13 +60,13 @@ class Logo:
             x = await asyncio.to_thread(listener.heard)
             if x is None:
                 raise RuntimeError(f"nothing passed {module} of the base")
-            found = responders.signals(x, signal)
-            known = self._known[key] = dict(zip(experts, found, strict=True))
+            found = await asyncio.to_thread(responders.signals, x, signal)
+            known = self._known[key] = array("d", found)
             self._observe(time.monotonic() - started)
             if len(self._known) > MAX_PROMPTS:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
-        return known
+        return dict(zip(experts, known, strict=True))
 
     async def listen(self, prompt: tuple[int, ...], module: str) -> Listener:
         """A pass of the base over the prompt, heard at a module."""
@@ -78,10 +78,12 @@ class Logo:
                 pass
         return listener
 
-    def _responders(self, experts: Mapping[str, LoraAdapter]) -> tuple[str, Responders]:
+    async def _responders(self, experts: Mapping[str, LoraAdapter]) -> tuple[str, Responders]:
         """Stacked once for a set of experts."""
         contents = tuple(expert.content_hash for expert in experts.values())
         if self._stacked is None or self._stacked[0] != contents:
             module = common_module(experts)
-            self._stacked = contents, module, Responders(list(experts.values()), module)
+            made = await asyncio.to_thread(Responders, list(experts.values()), module)
+            self._stacked = contents, module, made
+            return module, made
         return self._stacked[1], self._stacked[2]
