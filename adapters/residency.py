@@ -38,12 +38,12 @@ class Handle:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A blend made resident and pinned. `handle` is `None` for the bare base; `seconds` is what merging
-    took."""
+    """A blend made resident and pinned. `handle`, which only the engine understands, is `None` for the bare
+    base; `seconds` is what merging took."""
 
     key: str
     method: str
-    handle: Handle | None
+    handle: object
     rank: int
     relative_error: float
     cached: bool

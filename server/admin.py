@@ -7,7 +7,6 @@ from pathlib import Path
 
 from loramux.adapters.errors import AdapterError
 from loramux.adapters.lora import LoraAdapter
-from loramux.adapters.residency import Residency
 from loramux.adapters.sparse.model import SparseModel
 from loramux.adapters.sparse.options import DEFAULT, ReadOptions
 from loramux.adapters.sparse.shelf import Shelf, SparseCard
@@ -15,6 +14,7 @@ from loramux.router.joining import Joined
 from loramux.router.router import Router as FittedRouter
 from loramux.server.catalog import Catalog
 from loramux.server.errors import Conflict, RequestError, UnknownModel
+from loramux.server.leases import Residence
 from loramux.server.selection import Router
 
 
@@ -39,7 +39,7 @@ class AdapterAdmin:
     def __init__(
         self,
         catalog: Catalog,
-        residency: Residency,
+        residency: Residence,
         shelf: Shelf,
         router: Router,
         root: Path,

@@ -44,7 +44,7 @@ from loramux.server.engine.weights import prepare
 from loramux.server.errors import StartError
 from loramux.server.expert_metrics import expert_stats
 from loramux.server.intake import Intake
-from loramux.server.leases import Leases
+from loramux.server.leases import Leases, Residence
 from loramux.server.lifecycle import Lifecycle, Phase
 from loramux.server.logo import Logo
 from loramux.server.memory.blueprint import Blueprint, Target, loaded_bytes
@@ -140,7 +140,7 @@ def connect(
     metrics: Metrics,
     keys: tuple[str, ...],
     base: str,
-    residency: Residency,
+    residency: Residence,
     shelf: Shelf,
     mixtures: TokenMixtures,
     engine: Engine,
@@ -152,13 +152,14 @@ def connect(
     fingerprint: str,
     traces: Traces = NO_TRACES,
     facts: Mapping[str, ExpertFacts] = MappingProxyType({}),
+    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> Parts:
     """The parts of a server around a residency, an engine and a router, whichever they are.
 
-    `facts`: what the pool says of its experts, by id.
+    `facts`: what the pool says of its experts, by id; `refused`: why some names of the pool are not served.
     """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards, facts)
+    catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards, facts, refused)
     prompts = Prompts(tokenizer, vocabulary, engine.max_context)
     lifecycle = Lifecycle()
     gains = {
@@ -356,7 +357,7 @@ def read_adapter(
     options: ReadOptions,
     *,
     shapes: BaseShapes,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     pinned: bool,
 ) -> LoraAdapter | SparseModel:
     """A directory below the adapter root, whichever of the two it holds.

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.sparse.shelf import SparseCard
 from loramux.router.decision import Decision
-from loramux.server.errors import StartError, UnknownModel
+from loramux.server.errors import RequestError, StartError, UnknownModel
 from loramux.server.pool.facts import ExpertFacts
 from loramux.server.wire.experts import expert_card
 from loramux.server.wire.models import model_card
@@ -55,12 +55,15 @@ class Catalog:
         routes: Routes,
         sparse: Mapping[str, SparseCard] = MappingProxyType({}),
         facts: Mapping[str, ExpertFacts] = MappingProxyType({}),
+        refused: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """`experts` are, at this moment, those that the router was fitted for and that `facts` are about."""
+        """`experts` are, at this moment, those that the router was fitted for and that `facts` are about;
+        `refused` says of names that are not served why that is so."""
         self.base = base
         self._routes = routes
         self._pool = {name: expert.content_hash for name, expert in experts.items()}
         self._facts = {self._pool[name]: fact for name, fact in facts.items() if name in self._pool}
+        self._refused = refused
         self.experts = experts
         self.sparse = sparse
         self._max_context = max_context
@@ -83,6 +86,7 @@ class Catalog:
 
         Raises:
             UnknownModel: nothing here.
+            RequestError: nothing that is served here, with the reason.
         """
         if model == AUTO:
             return Kind.AUTO
@@ -92,6 +96,8 @@ class Catalog:
             return Kind.EXPERT
         if model in self.sparse:
             return Kind.SPARSE
+        if model in self._refused:
+            raise RequestError(f"{model!r}: {self._refused[model]}", param="model", code="model_refused")
         raise UnknownModel(model, known=tuple(self.names()))
 
     def expert(self, name: str, *, param: str = "lora") -> LoraAdapter:

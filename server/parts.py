@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass
 
-from loramux.adapters.residency import Residency
 from loramux.adapters.sparse.shelf import Shelf
 from loramux.server.admin import AdapterAdmin
 from loramux.server.catalog import Catalog
 from loramux.server.engine.protocol import Engine
 from loramux.server.intake import Intake
-from loramux.server.leases import Leases
+from loramux.server.leases import Leases, Residence
 from loramux.server.lifecycle import Lifecycle
 from loramux.server.metrics import Metrics
 from loramux.server.pipeline import Pipeline
@@ -32,7 +31,7 @@ class Parts:
     intake: Intake
     router: Router
     selector: Selector
-    residency: Residency
+    residency: Residence
     shelf: Shelf
     leases: Leases
     engine: Engine

@@ -20,9 +20,10 @@ from pydantic_settings import (
     SettingsError,
 )
 
+from loramux.server.backend.settings import BackendSettings
 from loramux.server.errors import StartError
 from loramux.server.routing_settings import RoutingSettings
-from loramux.server.section import Section
+from loramux.server.section import Section, split
 
 ENV_PREFIX = "LORAMUX_"
 CONFIG_VARIABLE = "LORAMUX_CONFIG"
@@ -212,6 +213,7 @@ class Settings(BaseSettings):
     )
     limits: Limits = Limits()
     engine: EngineSettings = EngineSettings()
+    backend: BackendSettings = BackendSettings()
     residency: ResidencySettings = ResidencySettings()
     routing: RoutingSettings = RoutingSettings()
     tools: ToolSettings = ToolSettings()
@@ -219,9 +221,7 @@ class Settings(BaseSettings):
     @field_validator("api_keys", "allowed_hosts", "cors_origins", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(part for part in (piece.strip() for piece in value.split(",")) if part)
-        return value
+        return split(value)
 
     @field_validator("api_keys")
     @classmethod

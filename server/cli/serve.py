@@ -36,6 +36,10 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
     quantization: Annotated[str | None, typer.Option(help="auto, none, nf4, int8 or int4.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Server that generates in place of this process, http://host:port; repeatable."),
+    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting, as limits.max_n=4; repeatable.")
     ] = None,
@@ -49,6 +53,8 @@ def serve(
         "quantization": quantization, "log_level": log_level,
     }  # fmt: skip
     flags: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    if backend:
+        flags["backend"] = {"urls": backend}
     for text in setting or ():
         put(flags, text)
     run(load_settings(config, flags))
@@ -78,12 +84,12 @@ def run(settings: Settings) -> None:
         from transformers.utils.logging import disable_progress_bar
 
         from loramux.server.app import create_app
-        from loramux.server.build import build
+        from loramux.server.assemble import assemble
         from loramux.server.edge.patience import PatientProtocol
 
         disable_progress_bar()
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-        parts = build(settings)
+        parts = assemble(settings)
         config = uvicorn.Config(
             create_app(parts),
             log_level="warning",

@@ -10,6 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from loramux.adapters.errors import AdapterError, BlendError
 from loramux.router.errors import RouterError, RoutingExamplesError, RoutingOptionsError
+from loramux.server.backend.errors import BackendDown, BackendError
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineError,
@@ -56,6 +57,8 @@ ERROR_TABLE: tuple[_Row, ...] = (
     _Row(EngineClosed, 503, SERVER, "engine_closed"),
     _Row(EngineExhausted, 503, SERVER, "out_of_memory"),
     _Row(GrammarError, 400, INVALID, "grammar_failed"),
+    _Row(BackendDown, 503, SERVER, "backend_down"),
+    _Row(BackendError, 502, SERVER, "backend_error"),
     _Row(EngineError, 500, SERVER, "engine_error"),
     _Row(BlendError, 400, INVALID, "blend_refused"),
     _Row(AdapterError, 500, SERVER, "adapter_error"),

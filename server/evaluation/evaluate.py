@@ -91,12 +91,13 @@ def _routed(
 async def _answered(
     settings: Settings, options: Options, items: Mapping[str, Sequence[Item]], progress: Progress
 ) -> tuple[list[System], Mapping[str, Mapping[str, DomainScore]]]:
-    from loramux.server.build import base_files, build, load_tokenizer
+    from loramux.server.assemble import assemble
+    from loramux.server.build import base_files, load_tokenizer
     from loramux.server.evaluation.measuring import Measuring
     from loramux.server.evaluation.systems import systems_of
 
     progress("loading the base", 0, 0)
-    parts = build(settings)
+    parts = assemble(settings)
     systems = systems_of(parts.catalog, options.top_m, options.only)
     tokenizer = load_tokenizer(base_files(settings, open_pool(settings)).folder)
     measuring = Measuring(parts, tokenizer, max_tokens=options.max_tokens, max_new=options.max_new)

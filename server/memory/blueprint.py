@@ -135,6 +135,11 @@ class Blueprint:
         """Tokens of its longest context."""
         return context_of(self._config)
 
+    @property
+    def vocabulary(self) -> int:
+        """Rows of its embedding, as many as logits."""
+        return int(self._config.vocab_size)
+
     def weight_bytes(self, dtype: torch.dtype, quantization: str, kinds: Kinds | None = None) -> int:
         """Bytes of parameters and buffers once loaded.
 
