@@ -215,7 +215,8 @@ class RemoteResidency:
 
     def _name(self, blend: Blend) -> str:
         """The digest of all that the files depend on; what a name stands for never changes."""
-        described = f"{blend.key} {self._room.ranks} {self._base}"
+        room = self._room
+        described = f"{blend.key} {room.ranks} {room.truncate} {self._base}"
         return PREFIX + sha256(described.encode()).hexdigest()[:32]
 
     def _unpin(self, entry: _Entry) -> None:
