@@ -1,4 +1,4 @@
-"""A pool's experts in front of fake vLLM servers: the parts behind the engine protocol, without HTTP of ours."""
+"""Experts in front of fake vLLM servers: the parts behind the engine protocol, without HTTP of ours."""
 
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, contextmanager

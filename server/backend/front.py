@@ -72,7 +72,11 @@ def build_front(settings: Settings) -> Parts:
     experts = read_experts(pool, shapes, dtype)
     folders = BlendFolders(blend_folder(chosen.folder), there=chosen.folder_there)
     expected = expected_base(settings, pool, files, tokenizer)
-    fleet = vllm_fleet(settings, expected, ends, probes(folders, experts, shapes, chosen.max_lora_rank))
+    own = tokenizer.eos_token_id
+    grammar_ends = ends or frozenset([] if own is None else [own])
+    fleet = vllm_fleet(
+        settings, expected, ends, grammar_ends, probes(folders, experts, shapes, chosen.max_lora_rank)
+    )
     try:
         facts = asyncio.run(first_look(fleet))
     except BackendError as error:
@@ -129,6 +133,7 @@ def vllm_fleet(
     settings: Settings,
     expected: ExpectedBase,
     ends: frozenset[int],
+    grammar_ends: frozenset[int],
     probe_paths: Mapping[str, str],
 ) -> Fleet[AdapterBackend]:
     """The servers that the settings name, and how each is inspected."""
@@ -142,7 +147,7 @@ def vllm_fleet(
         return facts
 
     servers: list[AdapterBackend] = [
-        VllmBackend(Connection(url, key=key, seconds=chosen.silent_seconds), EndTokens(ends, ends))
+        VllmBackend(Connection(url, key=key, seconds=chosen.silent_seconds), EndTokens(ends, grammar_ends))
         for url in chosen.urls
     ]
     return Fleet(servers, inspect)

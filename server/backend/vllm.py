@@ -1,5 +1,6 @@
 """vLLM behind us: adapters by name, tokens in and tokens out over `/v1/completions`."""
 
+import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from loramux.server.engine.protocol import (
 COMPLETIONS = "/v1/completions"
 #: What `max_lora_rank` may be, and so how wide an adapter is in its memory.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# Only llguidance reads this line; others that vLLM would try first refuse the grammar.
+_LLGUIDANCE = "%llguidance {}\n"
 _TOKEN = "token_id:"  # noqa: S105
 _NOT_FOUND = 404
 _BAD_REQUEST = 400
@@ -203,7 +206,7 @@ class VllmBackend:
         if sampling.logit_bias:
             body["logit_bias"] = {str(token): bias for token, bias in sampling.logit_bias.items()}
         if work.grammar is not None:
-            body["structured_outputs"] = {"grammar": work.grammar}
+            body["structured_outputs"] = {"grammar": lark(work.grammar)}
         return body
 
     def _stops(self, work: Work) -> frozenset[int]:
@@ -239,6 +242,14 @@ class VllmBackend:
         if not isinstance(found, dict) or key not in found:
             raise BackendError(f"backend {self.url}: {path} has no {key!r}; is it vLLM?")
         return found[key]
+
+
+def lark(grammar: str) -> str:
+    """A grammar of ours as Lark, marked so that vLLM gives it to llguidance, which compiles ours as well."""
+    if not grammar.startswith("{"):
+        return f"{_LLGUIDANCE}{grammar}"
+    (only,) = json.loads(grammar)["grammars"]
+    return f"{_LLGUIDANCE}start: %json {json.dumps(only['json_schema'])}"
 
 
 def likeliest(table: Mapping[str, float], count: int) -> tuple[tuple[int, float], ...]:

@@ -25,6 +25,7 @@ class ChatTokenizer(Protocol):
     """What is used of a transformers tokenizer."""
 
     chat_template: Any
+    eos_token_id: int | None
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]:
         """`input_ids` of a text."""

@@ -23,6 +23,15 @@ def blend_of(parts: list[tuple[LoraAdapter, float]], method: str = "exact", rank
     return Blend.of(named, method=method, rank=rank, grid=1e-6)
 
 
+def halved(adapter: LoraAdapter) -> LoraAdapter:
+    """Its factors in bfloat16."""
+    pairs = {
+        module: pair._replace(a=pair.a.bfloat16(), b=pair.b.bfloat16())
+        for module, pair in adapter.pairs.items()
+    }
+    return LoraAdapter(adapter.id, adapter.content_hash, pairs)
+
+
 def deltas(parts: list[tuple[LoraAdapter, float]]) -> dict[str, torch.Tensor]:
     return {
         module: sum(
@@ -49,12 +58,7 @@ def test_an_exact_blend_is_the_weighted_sum_padded(ranks: tuple[int, ...], padde
 def test_bfloat16_factors_are_scaled_in_float32() -> None:
     """The factors keep their bits, and the weights are rounded to float32, not to bfloat16."""
     exact = [(small_adapter(name, 4), weight) for name, weight in (("a", 0.37), ("b", -1.13))]
-    parts = [
-        (LoraAdapter(one.id, one.content_hash, {
-            module: pair._replace(a=pair.a.bfloat16(), b=pair.b.bfloat16()) for module, pair in one.pairs.items()
-        }), weight)
-        for one, weight in exact
-    ]  # fmt: skip
+    parts = [(halved(one), weight) for one, weight in exact]
     made = materialise(blend_of(parts), parts, RANKS, truncate=True)
     assert {pair.a.dtype for pair in made.adapter.pairs.values()} == {torch.bfloat16}
     for module, expected in deltas(parts).items():

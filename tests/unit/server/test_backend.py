@@ -21,8 +21,10 @@ from loramux.server.engine.protocol import (
     Finished,
     GrammarError,
     PromptScored,
+    Sampling,
     Started,
     Token,
+    Work,
 )
 from loramux.server.errors import StartError
 from tests.backend_kit import BASE, Behind, Oracle, behind, fakes_of, save_base, save_experts
@@ -282,7 +284,7 @@ def test_a_restart_with_another_base_is_told(run: Run, servers: Any) -> None:
         fake.restart()
         fake.name, fake.root = "other-base", "/models/other"
         try:
-            with pytest.raises(BackendError, match="serves 'other-base' .*the pool is for 'tiny-base'"):
+            with pytest.raises(BackendError, match=r"serves 'other-base' .*the pool is for 'tiny-base'"):
                 await found.ask(found.blend(a=1.0))
         finally:
             fake.name, fake.root = BASE, None
@@ -408,7 +410,7 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
     folders.close()
     BlendFolders(tmp_path / "blends").close()
     (tmp_path / "file").write_text("")
-    with pytest.raises(StartError, match="backend.folder"):
+    with pytest.raises(StartError, match=r"backend\.folder"):
         BlendFolders(tmp_path / "file")
 
 
@@ -430,9 +432,7 @@ def test_an_aborted_sequence_leaves_nothing(run: Run) -> None:
 
 def test_foreign_handles_and_too_many_sequences_are_refused(run: Run) -> None:
     async def test(found: Behind) -> None:
-        from tests.tiny import Work  # type: ignore[attr-defined]
-
-        work = Work("x", PROMPT, None, object())
+        work = Work("x", PROMPT, Sampling(max_tokens=1), object())
         with pytest.raises(EngineError, match="handle is a object"):
             await anext(found.engine.run(work))
         found.engine._most = 0
@@ -474,5 +474,5 @@ def test_a_server_that_is_not_there_is_named(
         async with behind(tmp_path, [FakeVllm(place / "base")], ["http://127.0.0.1:9"], experts):
             raise AssertionError("it started")
 
-    with pytest.raises(BackendDown, match="backend http://127.0.0.1:9: "):
+    with pytest.raises(BackendDown, match=r"backend http://127\.0\.0\.1:9: "):
         asyncio.run(main())

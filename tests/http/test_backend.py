@@ -1,0 +1,212 @@
+"""The whole server in front of a fake vLLM: what clients see, and what stops the start."""
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from loramux.server.assemble import assemble
+from loramux.server.backend.settings import BackendSettings
+from loramux.server.errors import StartError
+from loramux.server.parts import Parts
+from loramux.server.settings import Settings, load_settings
+from tests.backend_kit import Oracle
+from tests.fake_vllm import FakeVllm
+from tests.fake_vllm import listening as faking
+from tests.http.serving import listening
+from tests.kit import DEMO_POOL
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+ADMIN = {"authorization": "Bearer admin"}
+MIXTURE = {"select-table": 0.6, "movie-song": 0.4}
+LORA = [{"id": name, "scale": scale} for name, scale in MIXTURE.items()]
+BASE = "loramux-demo-base"
+
+
+def settings(url: str, place: Path, **backend: Any) -> Settings:
+    chosen = {"urls": url, "folder": place / "blends", "max_lora_rank": 32, **backend}
+    return load_settings(
+        flags={
+            "pool": DEMO_POOL,
+            "verify_pool": False,
+            "admin_key": "admin",
+            "drain_seconds": 2,
+            "backend": chosen,
+        }
+    )
+
+
+@dataclass
+class Front:
+    """A server of ours and the one behind it."""
+
+    http: httpx.Client
+    fake: FakeVllm
+    parts: Parts
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.http.post(path, json=body)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        answer = self.post("/v1/completions", **{"max_tokens": 4, "temperature": 0, **body})
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+
+@pytest.fixture(scope="module")
+def front(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Front]:
+    fake = FakeVllm(DEMO_POOL / "base")
+    with ExitStack() as stack:
+        url = stack.enter_context(faking(fake))
+        parts = assemble(settings(url, tmp_path_factory.mktemp("front")))
+        ours, _ = stack.enter_context(listening(parts))
+        yield Front(stack.enter_context(httpx.Client(base_url=ours, timeout=120)), fake, parts)
+
+
+def test_a_mixture_answers_as_peft_computes_it(front: Front) -> None:
+    asked = {"prompt": "SELECT name", "logprobs": 2, "echo": True, "max_tokens": 5, "ignore_eos": True}
+    answer = front.complete(model=BASE, lora=LORA, **asked)
+    (choice,) = answer["choices"]
+    oracle = Oracle(DEMO_POOL / "base", {name: DEMO_POOL / "experts" / name for name in MIXTURE})
+    prompt = front.post("/tokenize", model=BASE, prompt="SELECT name").json()["tokens"]
+    ids = list(prompt)
+    for _ in range(5):
+        ids.append(int(oracle.logprobs(MIXTURE, ids)[-1].argmax()))
+    rows = oracle.logprobs(MIXTURE, ids)
+    expected = [float(row[id]) for row, id in zip(rows[:-1], ids[1:], strict=True)]
+    assert choice["logprobs"]["token_logprobs"][0] is None
+    assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
+    for table, row in zip(choice["logprobs"]["top_logprobs"][1:], rows[:-1], strict=True):
+        assert sorted(table.values()) == pytest.approx(sorted(torch.topk(row, 2).values.tolist()), abs=1e-4)
+    assert choice["finish_reason"] == "length"
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    assert answer["usage"]["completion_tokens"] == 5
+    blend = answer["loramux"]["blend"]
+    assert (blend["method"], blend["rank"], blend["relative_error"]) == ("exact", 16, 0.0)
+
+
+def test_a_chat_is_routed_and_streams_what_it_answers_at_once(front: Front) -> None:
+    messages = [{"role": "user", "content": "What is the name of the song in the movie?"}]
+    body = {"model": "auto", "messages": messages, "temperature": 0, "max_tokens": 5}
+    whole = front.post("/v1/chat/completions", **body)
+    assert whole.status_code == 200
+    assert whole.headers["x-loramux-experts"]
+    assert whole.json()["loramux"]["route"]["experts"]
+    text = ""
+    with front.http.stream("POST", "/v1/chat/completions", json=body | {"stream": True}) as answer:
+        chunks = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+    for chunk in chunks:
+        text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    assert text == whole.json()["choices"][0]["message"]["content"]
+    assert chunks[0]["loramux"]["blend"]["cached"] is True
+
+
+def test_what_needs_our_operators_is_refused_with_the_reason(front: Front) -> None:
+    sparse = front.post("/v1/completions", model="demo-mixlora", prompt="a")
+    assert sparse.status_code == 400
+    assert "no backend knows" in sparse.json()["error"]["message"]
+    arrow = front.post("/v1/completions", model="auto", prompt="a", routing={"strategy": "arrow"})
+    assert arrow.status_code == 400
+    assert "no backend does" in arrow.json()["error"]["message"]
+    names = [card["id"] for card in front.http.get("/v1/models").json()["data"]]
+    assert "demo-mixlora" not in names
+    assert "movie-song" in names
+
+
+def test_a_sparse_model_cannot_be_loaded_and_an_expert_can(front: Front, tmp_path: Path) -> None:
+    root = front.parts.admin._root
+    front.parts.admin._root = DEMO_POOL
+    try:
+        refused = front.http.post(
+            "/v1/load_lora_adapter",
+            json={"lora_name": "m", "lora_path": "sparse/demo-mixlora"},
+            headers=ADMIN,
+        )
+        assert refused.status_code == 400
+        assert "no backend knows" in refused.json()["error"]["message"]
+        loaded = front.http.post(
+            "/v1/load_lora_adapter",
+            json={"lora_name": "twin", "lora_path": "experts/true-false"},
+            headers=ADMIN,
+        )
+        assert loaded.status_code == 200, loaded.text
+    finally:
+        front.parts.admin._root = root
+    one = front.complete(model="twin", prompt="Is it true")
+    assert one["choices"] == front.complete(model="true-false", prompt="Is it true")["choices"]
+    gone = front.http.post("/v1/unload_lora_adapter", json={"lora_name": "twin"}, headers=ADMIN)
+    assert gone.status_code == 200
+
+
+def test_a_backend_that_is_gone_is_a_503_that_names_it_and_comes_back(front: Front) -> None:
+    front.fake.refuse = 503
+    answer = front.post("/v1/completions", model=BASE, prompt="a", lora=LORA)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "backend_down"
+    assert answer.headers["retry-after"]
+    assert "backend http://127.0.0.1:" in answer.json()["error"]["message"]
+    front.fake.refuse = None
+    front.fake.restart()
+    assert front.complete(model=BASE, prompt="a", lora=LORA)["choices"]
+
+
+def test_the_context_is_the_smaller_of_both(front: Front) -> None:
+    card = front.http.get(f"/v1/models/{BASE}").json()
+    assert card["max_model_len"] == front.fake.max_model_len
+
+
+def test_metrics_tell_of_the_blends_on_the_disk(front: Front) -> None:
+    front.complete(model=BASE, prompt="a", lora=LORA)
+    text = front.http.get("/metrics").text
+    values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[:1] != "#"}
+    assert values['loramux_residency_bytes{tier="used"}'] > 10_000
+    assert values["loramux_resident_blends"] >= 1
+    assert values["loramux_engine_decode_tokens_total"] >= 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "backend", "message"),
+    [
+        ({"updating": False}, {}, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"),
+        ({"max_lora_rank": 16}, {}, "set backend.max_lora_rank to its --max-lora-rank"),
+        ({}, {"folder_there": "/elsewhere"}, "backend.folder_there"),
+        ({}, {"max_lora_rank": 1, "too_wide": "refuse"}, "has rank 8 and the backends take 1"),
+        (
+            {"name": "other", "root": "/models/other"},
+            {},
+            "start it with --served-model-name loramux-demo-base",
+        ),
+    ],
+    ids=["no updating", "rank", "unseen folder", "too wide", "another base"],
+)
+def test_what_will_not_do_stops_the_start(
+    tmp_path: Path, fields: dict[str, Any], backend: dict[str, Any], message: str
+) -> None:
+    fake = FakeVllm(DEMO_POOL / "base", **fields)
+    with faking(fake) as url, pytest.raises(StartError, match=message):
+        assemble(settings(url, tmp_path, **backend))
+
+
+def test_another_base_is_seen_by_its_shape(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((DEMO_POOL / "base" / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 512}))
+    fake = FakeVllm(DEMO_POOL / "base", root=str(other))
+    with faking(fake) as url, pytest.raises(StartError, match="has hidden_size 512, not 256"):
+        assemble(settings(url, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "ftp://a", "http://", "http://a?x=1", "http://a,http://a/"]
+)
+def test_addresses_are_checked(url: str) -> None:
+    with pytest.raises(ValueError, match=r"is not like http://host:port|named twice"):
+        BackendSettings(urls=url)  # type: ignore[arg-type]
