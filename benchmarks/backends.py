@@ -10,8 +10,8 @@ For each type of number a vLLM is started on the base of a pool, and loramux in 
   vLLM itself answers for the same adapter. In bfloat16 two programs that are both right differ in the last
   digits of everything, so the base alone, where no adapter is, says how much of it is theirs.
 - Throughput: 16 requests over 8 blends through loramux, and the same 16 sent to the same vLLM by the names of
-  the same 8 adapters, in turns; the ratio is of the medians. vLLM computes the same in both, on plain adapters
-  of the padded rank; what is measured is loramux.
+  the same 8 adapters, in turns; the ratio is of the medians. vLLM computes the same in both, on plain
+  adapters of the padded rank; what is measured is loramux.
 - The first answer of a blend that nobody has asked for, and the second.
 """
 

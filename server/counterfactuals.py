@@ -13,7 +13,7 @@ from typing import Any
 
 from loramux.adapters.blend import Blend
 from loramux.adapters.errors import BlendError
-from loramux.adapters.residency import Handle, Lease
+from loramux.adapters.residency import Lease
 from loramux.server.ask import Ask, Prompt
 from loramux.server.engine.protocol import Engine, PromptScored, Sampling, TokenScore, Work
 from loramux.server.leases import Leases
@@ -156,7 +156,7 @@ class Counterfactuals:
         finally:
             await leasing.__aexit__(None, None, None)
 
-    async def _score(self, id: str, prompts: Sequence[Prompt], handle: Handle | None) -> float:
+    async def _score(self, id: str, prompts: Sequence[Prompt], handle: object) -> float:
         works = [
             Work(f"{id}-{number}", prompt.tokens, _SCORE, handle, prompt_logprobs=0)
             for number, prompt in enumerate(prompts)

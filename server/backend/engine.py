@@ -4,12 +4,12 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Generic, Protocol, TypeVar
 
+from loramux.adapters.errors import BlendError
 from loramux.server.backend.errors import BackendDown, BackendError, BlendForgotten
 from loramux.server.backend.fleet import Fleet, Member
 from loramux.server.backend.protocol import Backend
 from loramux.server.engine.protocol import (
     EngineClosed,
-    EngineError,
     EngineOverloaded,
     EngineStats,
     Event,
@@ -87,7 +87,10 @@ class RemoteEngine(Generic[Server]):
             raise EngineOverloaded(self._waiting)
         handle = work.adapter
         if handle is not None and not isinstance(handle, self._handles):
-            raise EngineError(f"the adapter handle is a {type(handle).__name__}, not one of a backend's")
+            raise BlendError(
+                "what was asked for is computed inside the base, which no backend allows; serve it without "
+                "--backend"
+            )
         begun = False
         self._waiting += 1
         try:

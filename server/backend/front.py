@@ -13,11 +13,11 @@ from transformers import AutoConfig, GenerationConfig
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.errors import BlendError
 from loramux.adapters.lora import LoraAdapter, LoraPair
-from loramux.adapters.sparse.arrow import ArrowExperts
-from loramux.adapters.sparse.arrows import Arrows
 from loramux.adapters.sparse.model import SparseModel
 from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.slot import SparseSlot
+from loramux.adapters.sparse.token_experts import TokenExperts
+from loramux.adapters.sparse.token_mixtures import TokenMethod, TokenMixtures
 from loramux.router.service import RoutingService
 from loramux.server.backend.connection import Connection
 from loramux.server.backend.engine import RemoteEngine
@@ -47,9 +47,7 @@ from loramux.server.traces import make_traces
 log = logging.getLogger("loramux")
 
 WHY_SPARSE = "a sparse model computes in every layer what no backend knows; serve it without --backend"
-WHY_ARROW = (
-    "arrow chooses experts token by token in every layer, which no backend does; serve it without --backend"
-)
+INSIDE = "that is computed inside the base, which no backend allows; serve it without --backend"
 
 
 def build_front(settings: Settings) -> Parts:
@@ -59,6 +57,7 @@ def build_front(settings: Settings) -> Parts:
         StartError, AdapterError, RouterError: one line that names the file, setting or backend at fault.
     """
     chosen = settings.backend
+    refuse_strategy(settings.routing.strategy)
     keys = api_keys(settings)
     traces = make_traces(settings.traces)
     pool = open_pool(settings)
@@ -105,7 +104,7 @@ def build_front(settings: Settings) -> Parts:
         base=pool.manifest.base.id,
         residency=residency,
         shelf=Shelf(refuse_sparse),
-        arrows=Arrows(refuse_arrow),
+        mixtures=TokenMixtures(refuse_tokens),
         engine=engine,
         router=router,
         tokenizer=tokenizer,
@@ -124,9 +123,15 @@ def refuse_sparse(model: SparseModel) -> SparseSlot:
     raise BlendError(f"{model.id!r} is {model.kind}: {WHY_SPARSE}")
 
 
-def refuse_arrow(_experts: Sequence[LoraAdapter]) -> ArrowExperts:
+def refuse_tokens(method: TokenMethod, _experts: Sequence[LoraAdapter]) -> TokenExperts:
     """Raises `BlendError`, which says why."""
-    raise BlendError(WHY_ARROW)
+    raise BlendError(f"{method} chooses experts token by token: {INSIDE}")
+
+
+def refuse_strategy(strategy: str) -> None:
+    """Raises `StartError` where requests would be routed in a way that no backend can serve."""
+    if strategy in (*TokenMethod, "logo"):
+        raise StartError(f"routing.strategy {strategy} asks the experts themselves: {INSIDE}")
 
 
 def vllm_fleet(

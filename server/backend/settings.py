@@ -17,7 +17,7 @@ class BackendSettings(Section):
         default=(),
         description="Servers that generate in place of this process, as `http://host:port`; empty: none.",
     )
-    kind: Literal["vllm", "llama.cpp"] = Field(default="vllm", description="What they are.")
+    kind: Literal["vllm"] = Field(default="vllm", description="What they are.")
     api_key: SecretStr | None = Field(default=None, description="Key that is sent to them.")
     any_base: bool = Field(
         default=False, description="Take their base for the pool's, whatever they call it."

@@ -112,9 +112,10 @@ def test_what_needs_our_operators_is_refused_with_the_reason(front: Front) -> No
     sparse = front.post("/v1/completions", model="demo-mixlora", prompt="a")
     assert sparse.status_code == 400
     assert "no backend knows" in sparse.json()["error"]["message"]
-    arrow = front.post("/v1/completions", model="auto", prompt="a", routing={"strategy": "arrow"})
-    assert arrow.status_code == 400
-    assert "no backend does" in arrow.json()["error"]["message"]
+    for strategy in ("arrow", "spectr", "logo"):
+        answer = front.post("/v1/completions", model="auto", prompt="a", routing={"strategy": strategy})
+        assert answer.status_code == 400
+        assert "no backend allows" in answer.json()["error"]["message"]
     names = [card["id"] for card in front.http.get("/v1/models").json()["data"]]
     assert "demo-mixlora" not in names
     assert "movie-song" in names
@@ -192,6 +193,15 @@ def test_what_will_not_do_stops_the_start(
     fake = FakeVllm(DEMO_POOL / "base", **fields)
     with faking(fake) as url, pytest.raises(StartError, match=message):
         assemble(settings(url, tmp_path, **backend))
+
+
+@pytest.mark.parametrize("strategy", ["arrow", "spectr", "logo"])
+def test_a_strategy_that_asks_the_experts_stops_the_start(tmp_path: Path, strategy: str) -> None:
+    chosen = load_settings(
+        flags={"routing": {"strategy": strategy}, "backend": {"urls": "http://127.0.0.1:9"}}
+    )
+    with pytest.raises(StartError, match=f"routing.strategy {strategy} asks the experts"):
+        assemble(chosen)
 
 
 def test_another_base_is_seen_by_its_shape(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from loramux.adapters.lora import LoraAdapter
 from loramux.server.backend.errors import BackendDown, BackendError
 from loramux.server.backend.folders import PREFIX, BlendFolders
 from loramux.server.engine.protocol import (
-    EngineError,
     EngineOverloaded,
     Finished,
     GrammarError,
@@ -433,7 +432,7 @@ def test_an_aborted_sequence_leaves_nothing(run: Run) -> None:
 def test_foreign_handles_and_too_many_sequences_are_refused(run: Run) -> None:
     async def test(found: Behind) -> None:
         work = Work("x", PROMPT, Sampling(max_tokens=1), object())
-        with pytest.raises(EngineError, match="handle is a object"):
+        with pytest.raises(BlendError, match="inside the base"):
             await anext(found.engine.run(work))
         found.engine._most = 0
         with pytest.raises(EngineOverloaded):
