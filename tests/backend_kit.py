@@ -122,7 +122,7 @@ async def behind(
     fleet = Fleet(servers, lambda server: inspect_base(server, expected))
     folders = BlendFolders(place)
     residency = RemoteResidency(experts, fleet, folders, Room(**chosen), base=BASE)
-    engine = RemoteEngine(fleet, LoadedBlend, max_context=256, most=64)
+    engine = RemoteEngine(fleet, LoadedBlend, max_context=256, most=64, patience=0.05)
     async with AsyncExitStack() as stack:
         await engine.start()
         stack.push_async_callback(engine.stop, 0)

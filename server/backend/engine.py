@@ -1,5 +1,6 @@
 """The engine as others run it: each sequence goes to a backend, and its stream comes back."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Generic, Protocol, TypeVar
@@ -13,8 +14,6 @@ from loramux.server.engine.protocol import (
     EngineOverloaded,
     EngineStats,
     Event,
-    PromptScored,
-    Started,
     Token,
     Work,
 )
@@ -41,15 +40,24 @@ class RemoteEngine(Generic[Server]):
         handles: the kind of handle that the residency gives out.
         max_context: tokens of prompt and answer that every backend takes.
         most: sequences under way at once; one more is `EngineOverloaded`.
+        patience: seconds between two looks at backends that are down.
     """
 
     def __init__(
-        self, fleet: Fleet[Server], handles: type[RemoteHandle[Server]], *, max_context: int, most: int
+        self,
+        fleet: Fleet[Server],
+        handles: type[RemoteHandle[Server]],
+        *,
+        max_context: int,
+        most: int,
+        patience: float = 5.0,
     ) -> None:
         self._fleet = fleet
         self._handles = handles
         self._max_context = max_context
         self._most = most
+        self._patience = patience
+        self._looking: asyncio.Task[None] | None = None
         self._open = False
         self._running = self._waiting = self._prefill = self._decoded = 0
 
@@ -74,10 +82,14 @@ class RemoteEngine(Generic[Server]):
             await self._fleet.close()
             raise problems[0]
         self._open = True
+        self._looking = asyncio.create_task(self._look_after())
 
     async def stop(self, timeout: float) -> None:  # noqa: ARG002
         """End. Whatever still runs finds its connection closed; the pipeline has waited before."""
         self._open = False
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.wait([self._looking])
         await self._fleet.close()
 
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
@@ -118,32 +130,40 @@ class RemoteEngine(Generic[Server]):
 
     async def _attempts(self, work: Work, handle: RemoteHandle[Server] | None) -> AsyncGenerator[Event]:
         said = False
+        problems: list[BackendError] = []
         for member in self._fleet.order(None if handle is None else handle.key):
             for last in (False, True):
-                try:
-                    async with aclosing(self._attempt(work, handle, member)) as events:
-                        async for event in events:
-                            said = said or isinstance(event, Started | PromptScored | Token)
-                            yield event
-                    return
-                except BackendDown as error:
-                    member.lost(str(error))
-                    if said or not self._open:
-                        raise
-                    break
-                except BlendForgotten as error:
-                    member.lost(str(error))
-                    member.repairs += 1
-                    if said or last:
-                        raise
-        raise self._fleet.down()
+                with member.working():
+                    try:
+                        mixture = await self._prepared(handle, member)
+                    except BackendError as error:
+                        problems.append(error)
+                        break
+                    try:
+                        async with aclosing(member.server.stream(work, mixture)) as events:
+                            async for event in events:
+                                said = True
+                                yield event
+                        return
+                    except (BackendDown, BlendForgotten) as error:
+                        member.lost(str(error))
+                        if said or not self._open:
+                            raise
+                        if last or isinstance(error, BackendDown):
+                            problems.append(error)
+                            break
+                        member.repairs += 1
+        raise self._fleet.none_left(problems)
 
-    async def _attempt(
-        self, work: Work, handle: RemoteHandle[Server] | None, member: Member[Server]
-    ) -> AsyncGenerator[Event]:
-        with member.working():
-            await self._fleet.known(member)
-            mixture = {} if handle is None else await handle.mixture(member)
-            async with aclosing(member.server.stream(work, mixture)) as events:
-                async for event in events:
-                    yield event
+    async def _prepared(
+        self, handle: RemoteHandle[Server] | None, member: Member[Server]
+    ) -> Mapping[str, object]:
+        """The member is what it has to be, and has the blend."""
+        await self._fleet.known(member)
+        return {} if handle is None else await handle.mixture(member)
+
+    async def _look_after(self) -> None:
+        """Backends that come back get their share again, also while others do without them."""
+        while True:
+            await asyncio.sleep(self._patience)
+            await self._fleet.look_again()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Generic, TypeVar
@@ -118,6 +118,14 @@ class Fleet(Generic[Server]):
         least = min((one.running for one in ranked if one.down is None), default=0)
         return sorted(ranked, key=lambda one: (one.down is not None, one.running >= least + PATIENCE))
 
-    def down(self) -> BackendDown:
-        """The error when none can be used."""
-        return BackendDown("; ".join(member.down or f"backend {member.url}: busy" for member in self.members))
+    def none_left(self, problems: Sequence[BackendError]) -> BackendError:
+        """The error when none can be used: what is wrong with one of them, or that all are down."""
+        wrong = [error for error in problems if not isinstance(error, BackendDown)]
+        return wrong[0] if wrong else BackendDown("; ".join(map(str, problems)))
+
+    async def look_again(self) -> None:
+        """Ask those that are down whether they are back."""
+        for member in self.members:
+            if member.down is not None:
+                with suppress(BackendError):
+                    await self.known(member)

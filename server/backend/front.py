@@ -168,19 +168,21 @@ async def first_look(fleet: Fleet[AdapterBackend]) -> list[BackendFacts]:
         BackendError: one is not what it has to be, or none answers.
     """
     found: list[BackendFacts] = []
+    down: list[BackendError] = []
     await fleet.open()
     try:
         for member in fleet.members:
             try:
                 facts = await fleet.known(member)
-            except BackendDown:
+            except BackendDown as error:
+                down.append(error)
                 continue
             log.info("backend %s: %s %s, base %s", member.url, facts.kind, facts.version, facts.base)
             found.append(facts)
     finally:
         await fleet.close()
     if not found:
-        raise fleet.down()
+        raise fleet.none_left(down)
     return found
 
 

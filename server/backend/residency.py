@@ -290,18 +290,20 @@ class RemoteResidency:
         return sum(member.loads for member in self._fleet.members)
 
     async def _placed(self, entry: _Entry) -> None:
-        """The blend on the first backend that can be reached.
+        """The blend on the first backend that takes it.
 
         Raises:
             BackendError: on none.
         """
+        problems: list[BackendError] = []
         for member in self._fleet.order(entry.name):
             try:
                 await self.load(entry, member)
-            except BackendDown:
+            except BackendError as error:
+                problems.append(error)
                 continue
             return
-        raise self._fleet.down()
+        raise self._fleet.none_left(problems)
 
     async def _make_room(self, member: Member[AdapterBackend]) -> bool:
         """Unload until one more fits; false where something was waited for, so that all has to be looked at

@@ -314,6 +314,44 @@ def test_a_blend_has_its_home_and_another_when_that_is_gone(run: Run) -> None:
     run(test, count=2, adapters=8)
 
 
+def test_a_backend_that_comes_back_gets_its_share_again(run: Run) -> None:
+    async def test(found: Behind) -> None:
+        blends = [found.blend(a=number / 16) for number in range(1, 9)]
+        first, second = found.fleet.members
+        found.fakes[0].refuse = 503
+        for blend in blends:
+            await found.ask(blend)
+        assert first.down is not None
+        assert second.down is None
+        found.fakes[0].refuse = None
+        async with asyncio.timeout(20):
+            while first.down is not None:
+                await asyncio.sleep(0.01)
+        count = len(found.fakes[0].bodies)
+        for blend in blends:
+            await found.ask(blend)
+        assert len(found.fakes[0].bodies) > count
+
+    run(test, count=2, adapters=8)
+
+
+def test_a_backend_with_another_base_is_passed_over(run: Run) -> None:
+    async def test(found: Behind) -> None:
+        for fake in found.fakes:
+            fake.restart()
+        found.fakes[0].name, found.fakes[0].root = "other-base", "/models/other"
+        for member in found.fleet.members:
+            member.lost("as if it had been")
+        try:
+            for number in range(1, 9):
+                await found.ask(found.blend(a=number / 16))
+            assert not ours(found.fakes[0])
+        finally:
+            found.fakes[0].name, found.fakes[0].root = BASE, None
+
+    run(test, count=2, adapters=8)
+
+
 def test_an_answer_that_breaks_off_is_told_and_not_repeated(run: Run) -> None:
     async def test(found: Behind) -> None:
         await found.ask(found.blend(a=1.0))
