@@ -17,8 +17,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.e2e.conftest import Server
+from loramux.server.pool.manifest import hash_file
+from tests.e2e.conftest import Server, serving
 from tests.kit import DEMO_POOL
+from tests.tool_kit import template
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "tests" / "clients"
@@ -33,6 +35,10 @@ PYTHON = {
     "with_litellm.py": ["litellm"],
     "with_pydantic_ai.py": ["pydantic-ai-slim[openai]"],
     "with_lm_eval.py": ["lm-eval[api]", "transformers"],
+    "with_instructor.py": ["instructor"],
+    "with_llm.py": ["llm"],
+    "with_litellm_proxy.py": ["litellm[proxy]"],
+    "with_guidellm.py": ["guidellm"],
 }
 NODE = {
     "with_openai.mjs": ["openai"],
@@ -56,7 +62,8 @@ class Said:
         parts = [
             "# Clients\n\nTried unmodified by `make clients` (`tests/clients`), each in its own "
             "environment,\n"
-            "against `loramux serve` on the tests' pool. This page is what they said.\n"
+            "against `loramux serve` on the tests' pool, with a chat template that knows tools. This page is what "
+            "they said.\n"
         ]
         for version, *checks in sorted(self.lines.values()):
             name, _, rest = version.removeprefix("version ").partition(", ")
@@ -71,6 +78,20 @@ def said() -> Iterator[Said]:
     yield found
     if set(found.lines) == {*PYTHON, *NODE}:
         REPORT.write_text(found.written(), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The tests' pool, with a chat template that knows tools."""
+    pool = tmp_path_factory.mktemp("pool") / "pool"
+    shutil.copytree(DEMO_POOL, pool)
+    written = pool / "base" / "chat_template.jinja"
+    written.write_text(template("hermes"), encoding="utf-8")
+    manifest = json.loads((pool / "pool.json").read_text(encoding="utf-8"))
+    manifest["files"]["base/chat_template.jinja"] = hash_file(written)
+    (pool / "pool.json").write_text(json.dumps(manifest), encoding="utf-8")
+    with serving("--pool", str(pool)) as running:
+        yield running
 
 
 def run(command: list[str], folder: Path, server: Server, said: Said) -> None:
