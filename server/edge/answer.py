@@ -18,6 +18,13 @@ log = logging.getLogger("loramux")
 EXPERTS_HEADER = "x-loramux-experts"
 
 
+class JsonAnswer(Response):
+    """JSON that is there already."""
+
+    def __init__(self, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(encode_json(body), media_type="application/json", headers=headers)
+
+
 class WorkedAnswer(Response):
     """JSON that `work` returns, with the headers it wants."""
 
@@ -30,8 +37,7 @@ class WorkedAnswer(Response):
             body, headers = await while_connected(receive, self._work)
         except ClientGone:
             return
-        answer = Response(encode_json(body), media_type="application/json", headers=dict(headers))
-        await answer(scope, receive, send)
+        await JsonAnswer(body, headers)(scope, receive, send)
 
 
 class StreamedAnswer(Response):

@@ -4,13 +4,26 @@ import asyncio
 import json
 import math
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from starlette.requests import Request
 
 from loramux.server.errors import RequestError, TooLarge
+from loramux.server.settings import Limits
+from loramux.server.wire.strict import StrictModel, parse
+
+Model = TypeVar("Model", bound=StrictModel)
 
 MOST_DISCARDED, DISCARD_SECONDS = 1 << 28, 5.0
+
+
+async def read_model(model: type[Model], request: Request, limits: Limits) -> Model:
+    """The body as what it asks for.
+
+    Raises:
+        TooLarge, RequestError: as `read_json` and `parse`.
+    """
+    return parse(model, await read_json(request, limits.max_body_bytes), limits)
 
 
 async def read_json(request: Request, limit: int) -> Any:

@@ -10,6 +10,7 @@ class PatientProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, with an end to connections that send nothing, or half a head.
 
     Between requests uvicorn's own keep-alive limit applies, and within one the limit of `Door` for bodies.
+    Half a head that came right behind a request has its time from the end of that one's answer.
     """
 
     header_seconds = 10.0
@@ -24,6 +25,12 @@ class PatientProtocol(H11Protocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._disarm()
         elif self._timer is None and not self.transport.is_closing():
+            self._arm()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        idle = self.cycle is not None and self.cycle.response_complete
+        if idle and self.conn.trailing_data[0] and self._timer is None and not self.transport.is_closing():
             self._arm()
 
     def connection_lost(self, exc: Exception | None) -> None:

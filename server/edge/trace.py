@@ -31,7 +31,8 @@ class Trace:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = _request_id(scope)
+        # The door makes a HEAD into a GET.
+        request_id, method = _request_id(scope), scope["method"]
         status = CLIENT_CLOSED
         started = time.monotonic()
 
@@ -56,8 +57,8 @@ class Trace:
         finally:
             seconds = time.monotonic() - started
             route = getattr(scope.get("route"), "path", "unmatched")
-            self._metrics.answered(scope["method"], route, status, seconds)
-            log.debug("%s %s %s %d %.3fs", request_id, scope["method"], route, status, seconds)
+            self._metrics.answered(method, route, status, seconds)
+            log.debug("%s %s %s %d %.3fs", request_id, method, route, status, seconds)
 
 
 def _request_id(scope: Scope) -> str:

@@ -5,10 +5,10 @@ from fastapi import APIRouter, Request, Response
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.sparse.shelf import SparseCard
 from loramux.server.catalog import route_fields
-from loramux.server.edge.body import read_json
+from loramux.server.edge.answer import JsonAnswer
+from loramux.server.edge.body import read_model
 from loramux.server.parts import Parts
 from loramux.server.wire.admin import LoadAdapterRequest, UnloadAdapterRequest
-from loramux.server.wire.strict import encode_json, parse
 
 
 def admin_routes(parts: Parts) -> APIRouter:
@@ -18,7 +18,7 @@ def admin_routes(parts: Parts) -> APIRouter:
 
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request) -> Response:
-        asked = parse(LoadAdapterRequest, await read_json(request, limits.max_body_bytes), limits)
+        asked = await read_model(LoadAdapterRequest, request, limits)
         with parts.metrics.adapter_load():
             loaded = await parts.admin.load(
                 asked.lora_name, asked.lora_path, asked.options, asked.routing_examples
@@ -28,13 +28,13 @@ def admin_routes(parts: Parts) -> APIRouter:
             answer |= route_fields(parts.catalog.routed().get(loaded.adapter.id))
         if loaded.truncated is not None:
             answer["truncated_examples"] = loaded.truncated
-        return Response(encode_json(answer), media_type="application/json")
+        return JsonAnswer(answer)
 
     @router.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
-        asked = parse(UnloadAdapterRequest, await read_json(request, limits.max_body_bytes), limits)
+        asked = await read_model(UnloadAdapterRequest, request, limits)
         await parts.admin.unload(asked.lora_name)
-        return Response(encode_json({"id": asked.lora_name, "unloaded": True}), media_type="application/json")
+        return JsonAnswer({"id": asked.lora_name, "unloaded": True})
 
     @router.get("/v1/lora_adapters")
     async def adapters() -> Response:
@@ -47,7 +47,7 @@ def admin_routes(parts: Parts) -> APIRouter:
         ]
         sparse = parts.catalog.sparse
         data += [_described(sparse[name]) | {"resident": True} for name in sorted(sparse)]
-        return Response(encode_json({"object": "list", "data": data}), media_type="application/json")
+        return JsonAnswer({"object": "list", "data": data})
 
     return router
 

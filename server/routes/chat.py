@@ -3,12 +3,11 @@
 from fastapi import APIRouter, Request, Response
 
 from loramux.server.edge.answer import StreamedAnswer, WorkedAnswer
-from loramux.server.edge.body import read_json
+from loramux.server.edge.body import read_model
 from loramux.server.parts import Parts
 from loramux.server.render.chat import ChatRenderer
 from loramux.server.render.envelope import Envelope
 from loramux.server.wire.chat import ChatRequest
-from loramux.server.wire.strict import parse
 
 
 def chat_routes(parts: Parts) -> APIRouter:
@@ -18,7 +17,7 @@ def chat_routes(parts: Parts) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        asked = parse(ChatRequest, await read_json(request, limits.max_body_bytes), limits)
+        asked = await read_model(ChatRequest, request, limits)
         ask = await parts.intake.chat(asked)
         envelope = Envelope(
             kind="chat.completion.chunk" if asked.stream else "chat.completion",

@@ -3,12 +3,11 @@
 from fastapi import APIRouter, Request, Response
 
 from loramux.server.edge.answer import StreamedAnswer, WorkedAnswer
-from loramux.server.edge.body import read_json
+from loramux.server.edge.body import read_model
 from loramux.server.parts import Parts
 from loramux.server.render.completions import CompletionRenderer
 from loramux.server.render.envelope import Envelope
 from loramux.server.wire.completions import CompletionRequest
-from loramux.server.wire.strict import parse
 
 
 def completion_routes(parts: Parts) -> APIRouter:
@@ -18,7 +17,7 @@ def completion_routes(parts: Parts) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asked = parse(CompletionRequest, await read_json(request, limits.max_body_bytes), limits)
+        asked = await read_model(CompletionRequest, request, limits)
         ask = await parts.intake.completion(asked)
         envelope = Envelope(
             kind="text_completion",

@@ -6,11 +6,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from loramux.server.edge.answer import WorkedAnswer
-from loramux.server.edge.body import read_json
+from loramux.server.edge.body import read_model
 from loramux.server.errors import RequestError, UnknownModel
 from loramux.server.parts import Parts
 from loramux.server.wire.embeddings import EmbeddingsRequest, embeddings_answer
-from loramux.server.wire.strict import parse
 
 
 def embedding_routes(parts: Parts) -> APIRouter:
@@ -45,7 +44,7 @@ def embedding_routes(parts: Parts) -> APIRouter:
 
     @router.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
-        asked = parse(EmbeddingsRequest, await read_json(request, limits.max_body_bytes), limits)
+        asked = await read_model(EmbeddingsRequest, request, limits)
         return WorkedAnswer(embed(asked))
 
     return router

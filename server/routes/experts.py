@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter, Response
 
+from loramux.server.edge.answer import JsonAnswer
 from loramux.server.parts import Parts
 from loramux.server.wire.experts import expert_list
-from loramux.server.wire.strict import encode_json
 
 
 def expert_routes(parts: Parts) -> APIRouter:
@@ -15,6 +15,6 @@ def expert_routes(parts: Parts) -> APIRouter:
     @router.get("/v1/experts")
     async def experts() -> Response:
         body = expert_list(catalog.base, catalog.expert_cards(), selector.chart())
-        return Response(encode_json(body), media_type="application/json")
+        return JsonAnswer(body)
 
     return router

@@ -4,10 +4,10 @@ from importlib.metadata import version as installed_version
 
 from fastapi import APIRouter, Response
 
+from loramux.server.edge.answer import JsonAnswer
 from loramux.server.errors import NotReady
 from loramux.server.lifecycle import Phase
 from loramux.server.parts import Parts
-from loramux.server.wire.strict import encode_json
 
 
 def health_routes(parts: Parts) -> APIRouter:
@@ -22,17 +22,17 @@ def health_routes(parts: Parts) -> APIRouter:
     @router.get("/health")
     async def health() -> Response:
         refuse_dead()
-        return Response(encode_json({"status": "ok"}), media_type="application/json")
+        return JsonAnswer({"status": "ok"})
 
     @router.get("/ready")
     async def ready() -> Response:
         refuse_dead()
         if parts.lifecycle.phase is not Phase.READY:
             raise NotReady(f"the server is {parts.lifecycle.phase}")
-        return Response(encode_json({"status": "ready"}), media_type="application/json")
+        return JsonAnswer({"status": "ready"})
 
     @router.get("/version")
     async def version() -> Response:
-        return Response(encode_json({"version": installed_version("loramux")}), media_type="application/json")
+        return JsonAnswer({"version": installed_version("loramux")})
 
     return router

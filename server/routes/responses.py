@@ -3,11 +3,10 @@
 from fastapi import APIRouter, Request, Response
 
 from loramux.server.edge.answer import NamedEvents, WorkedAnswer
-from loramux.server.edge.body import read_json
+from loramux.server.edge.body import read_model
 from loramux.server.parts import Parts
 from loramux.server.render.responses import ResponseRenderer
 from loramux.server.wire.responses import ResponseRequest
-from loramux.server.wire.strict import parse
 
 
 def response_routes(parts: Parts) -> APIRouter:
@@ -17,7 +16,7 @@ def response_routes(parts: Parts) -> APIRouter:
 
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:
-        asked = parse(ResponseRequest, await read_json(request, limits.max_body_bytes), limits)
+        asked = await read_model(ResponseRequest, request, limits)
         ask = await parts.intake.response(asked)
         renderer = ResponseRenderer(asked, parts.vocabulary)
         events = parts.pipeline.run(ask)

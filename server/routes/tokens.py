@@ -2,9 +2,9 @@
 
 from fastapi import APIRouter, Request, Response
 
-from loramux.server.edge.body import read_json
+from loramux.server.edge.answer import JsonAnswer
+from loramux.server.edge.body import read_model
 from loramux.server.parts import Parts
-from loramux.server.wire.strict import encode_json, parse
 from loramux.server.wire.tokenize import DetokenizeRequest, TokenizeRequest, tokenized
 
 
@@ -15,7 +15,7 @@ def token_routes(parts: Parts) -> APIRouter:
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        asked = parse(TokenizeRequest, await read_json(request, limits.max_body_bytes), limits)
+        asked = await read_model(TokenizeRequest, request, limits)
         _known(parts, asked.model)
         if asked.messages is not None:
             chat = [message.turn for message in asked.messages]
@@ -24,14 +24,14 @@ def token_routes(parts: Parts) -> APIRouter:
             ids = await parts.prompts.text(asked.prompt or "", add_special_tokens=asked.add_special_tokens)
         pieces = [parts.vocabulary.name(token) for token in ids] if asked.return_token_strs else None
         answer = tokenized(list(ids), pieces, parts.prompts.max_context)
-        return Response(encode_json(answer), media_type="application/json")
+        return JsonAnswer(answer)
 
     @router.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        asked = parse(DetokenizeRequest, await read_json(request, limits.max_body_bytes), limits)
+        asked = await read_model(DetokenizeRequest, request, limits)
         _known(parts, asked.model)
         text = await parts.prompts.detokenize(asked.tokens)
-        return Response(encode_json({"prompt": text}), media_type="application/json")
+        return JsonAnswer({"prompt": text})
 
     return router
 
