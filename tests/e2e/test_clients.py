@@ -38,7 +38,6 @@ PYTHON = {
     "with_instructor.py": ["instructor"],
     "with_llm.py": ["llm"],
     "with_litellm_proxy.py": ["litellm[proxy]"],
-    "with_guidellm.py": ["guidellm"],
 }
 NODE = {
     "with_openai.mjs": ["openai"],
