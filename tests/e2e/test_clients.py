@@ -61,8 +61,8 @@ class Said:
         parts = [
             "# Clients\n\nTried unmodified by `make clients` (`tests/clients`), each in its own "
             "environment,\n"
-            "against `loramux serve` on the tests' pool, with a chat template that knows tools. This page is what "
-            "they said.\n"
+            "against `loramux serve` on the tests' pool, whose chat template is one that knows tools. This page "
+            "is what they said.\n"
         ]
         for version, *checks in sorted(self.lines.values()):
             name, _, rest = version.removeprefix("version ").partition(", ")
