@@ -61,7 +61,7 @@ class Said:
         parts = [
             "# Clients\n\nTried unmodified by `make clients` (`tests/clients`), each in its own "
             "environment,\n"
-            "against `loramux serve` on the tests' pool, whose chat template is one that knows tools. This page "
+            "against `loramux serve` on the tests' pool, with a chat template that knows tools. This page\n"
             "is what they said.\n"
         ]
         for version, *checks in sorted(self.lines.values()):
