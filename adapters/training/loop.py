@@ -60,7 +60,7 @@ class LoopOptions:
 
 
 def token_losses(model: Any, batch: Batch) -> Tensor:
-    """Cross entropy in nats of every target that counts, in row order: float32 of shape (batch.count,).
+    """Cross entropy in nats of every target that counts, in row order: (batch.count,), float32 or wider.
 
     The output matrix, a large part of a small model's work, sees only the hidden states in front of a counted
     target; whatever the model does to its logits afterwards (soft caps, scales) stays in place.
@@ -77,7 +77,8 @@ def token_losses(model: Any, batch: Batch) -> Tensor:
     finally:
         hook.remove()
     targets = batch.targets.to(model.device)[counted]
-    return cross_entropy(logits.float(), targets, reduction="none")
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return cross_entropy(logits.to(wide), targets, reduction="none")
 
 
 Penalty = Callable[[Batch], Tensor]

@@ -26,6 +26,7 @@ COMMANDS = {
     "pool": Place(f"{_HERE}.pool", "app", "Build, check, list, show and change pools."),
     "train": Place(f"{_HERE}.train", "app", "Train a base, an expert, a sparse model or an embedder."),
     "evaluate": Place(f"{_HERE}.evaluate", "evaluate", "Measure how a pool routes and what it answers."),
+    "analyze": Place(f"{_HERE}.analyze", "app", "Look into adapters: which ranks matter for which task."),
     "convert": Place(f"{_HERE}.convert", "convert", "Make safetensors of an adapter's pickle, or back."),
     "version": Place(f"{_HERE}.version", "version", "Print the version."),
 }

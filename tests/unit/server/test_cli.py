@@ -71,6 +71,9 @@ FAILURES = [
     (2, ["evaluate", "--data", "x", "--top-m", "0"], "--top-m"),
     (1, ["evaluate", "--data", "/absent.jsonl"], "/absent.jsonl"),
     (1, ["evaluate", "--data", "/absent.jsonl", "--pool", "/absent"], "/absent"),
+    (2, ["analyze", "importance"], "--data"),
+    (2, ["analyze", "importance", "--data", "x", "--adapter", "a"], "NAME=PATH"),
+    (1, ["analyze", "importance", "--data", "/absent.jsonl"], "/absent.jsonl"),
     (2, ["convert"], "see `loramux convert --help`"),
     (2, ["convert", "x", "--layout", "2"], "--layout"),
     (1, ["convert", "/absent"], "/absent"),
@@ -166,7 +169,7 @@ def test_the_summaries_in_the_list_of_commands_are_sentences() -> None:
         assert len(place.summary) < 66  # the list is one line a command on 80 columns
 
 
-@pytest.mark.parametrize("words", [[], ["pool"], ["train"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["pool"], ["train"], ["analyze"]], ids=str)
 def test_a_group_alone_says_what_it_holds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:

@@ -1,0 +1,1 @@
+"""`loramux analyze importance`: the LoRACoE paper's analysis on adapters of one's own."""
