@@ -1,4 +1,4 @@
-# make serve | test | test-releases | lint | browser | clients | fuzz | bench | bench-gpu | bench-peers | dashboards
+# make serve | test | test-releases | lint | browser | clients | fuzz | schema | bench | bench-gpu | bench-peers | dashboards
 #      | image | clean.  The virtual environment is made on first use.
 #
 # PIP_* variables of the environment reach pip unchanged: on a machine without an NVIDIA GPU, set PIP_INDEX_URL or
@@ -24,7 +24,7 @@ CHECKED := $(PACKAGES) tests benchmarks docker
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test test-releases lint browser fuzz bench bench-gpu bench-peers dashboards image clients clean
+.PHONY: serve test test-releases lint browser fuzz schema bench bench-gpu bench-peers dashboards image clients clean
 .DEFAULT_GOAL := serve
 
 serve: $(SERVE_STAMP)
@@ -51,6 +51,10 @@ browser: $(TEST_STAMP)
 fuzz: $(TEST_STAMP)
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-5000} $(BIN)/pytest --timeout 0 tests/unit/adapters/test_differential.py \
 		tests/http/test_request_fuzz.py --hypothesis-show-statistics $(ARGS)
+
+# The interface against its own document, by schemathesis in an environment of its own; needs a package index.
+schema: $(TEST_STAMP)
+	TRY_SCHEMA=1 $(BIN)/pytest -q -s tests/e2e/test_schemathesis.py $(ARGS)
 
 lint: $(TEST_STAMP)
 	$(BIN)/ruff check $(CHECKED)

@@ -21,7 +21,7 @@ from loramux.adapters.importance.statistics import (
 )
 
 #: Significant digits of the JSON.
-_DIGITS = 5
+_DIGITS = 4
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ def print_analysis(analysis: Analysis, console: Console | None = None) -> None:
     table = Table()
     table.add_column("system", no_wrap=True)
     for heading in ("kind", "loss", "rank : features", "tasks", "ranks < 0", "effective", "overlap"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     for system in analysis.systems:
         table.add_row(system.name, system.kind, *_numbers(system))
     console.print(table)

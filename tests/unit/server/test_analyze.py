@@ -60,7 +60,7 @@ def test_json_page_and_table_say_the_same(data: Path, tmp_path: Path) -> None:
         for kind in ("q_proj", "down_proj"):
             matrix = torch.tensor(system["task_correlation"][kind])
             assert matrix.shape == (3, 3)
-            assert torch.allclose(matrix.diagonal(), torch.ones(3), atol=1e-4)
+            assert torch.allclose(matrix.diagonal(), torch.ones(3), atol=1e-3)
             assert system["variance"][kind]["rank"] > 0
         ranks = [value for values in system["rank_importance"]["sums"].values() for value in values]
         assert len(ranks) == system["ranks"]
@@ -113,6 +113,6 @@ def test_plots_name_what_they_show() -> None:
 
 
 def test_numbers_of_the_json() -> None:
-    assert rounded([0.123456789, 3, None]) == [0.12346, 3, None]
+    assert rounded([0.123456789, 3, None]) == [0.1235, 3, None]
     assert off_diagonal(torch.arange(9).reshape(3, 3)).tolist() == [1, 2, 5]
     assert off_diagonal(torch.ones(1, 1)).tolist() == []
