@@ -1,6 +1,6 @@
-"""LoRA, LoRAMoE and LoRACoE with 16 ranks each on the same rows, and which of their ranks matter for which task.
+"""LoRA, LoRAMoE and LoRACoE with 16 ranks each on the same rows, and which of them matter for which task.
 
-    .venv/bin/python benchmarks/importance.py --data CORPUS [--steps 400] [--limit 40] [--work build/importance]
+    .venv/bin/python benchmarks/importance.py --data CORPUS [--steps 400] [--limit 40] [--work DIRECTORY]
 
 Trains on the `*.train.jsonl` and measures on the `*.test.jsonl` of the folder; a killed run goes on. Writes
 benchmarks/results/importance.json, and the page beside the trained models.

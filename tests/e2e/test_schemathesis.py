@@ -2,9 +2,9 @@
 allows and requests that it does not, the adapter routes included.
 
 `make schema` runs it, with a package index for Python; schemathesis has an environment of its own in
-`build/clients`. No 5xx, no status, header or media type that the document does not have, no answer that breaks
-its schema. `SCHEMA_EXAMPLES` sets the examples of each operation, 500 without it. What was asked goes to
-benchmarks/results/schemathesis.json.
+`build/clients`. No 5xx, no status, header or media type that the document does not have, no answer that
+breaks its schema. `SCHEMA_EXAMPLES` sets the examples of each operation, 500 without it. What was asked goes
+to benchmarks/results/schemathesis.json.
 """
 
 import json
@@ -16,13 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from loramux.adapters.base_shapes import BaseShapes
 from loramux.adapters.peft_format import write_lora
 from loramux.server.openapi import OPERATIONS
-from tests.http.live import Live, live
-from tests.http.serving import BASE
+from tests.e2e.conftest import Server, serving
+from tests.kit import DEMO_POOL
 from tests.tiny import random_adapter
 from tests.tiny_sparse import random_mixlora, save_mixlora
 
@@ -38,6 +39,10 @@ CHECKS = (
     "response_headers_conformance",
     "response_schema_conformance",
 )
+#: 256 tokens of context, so that what asks for no limit ends soon.
+SETTINGS = ["--log-level", "error"]
+for _setting in ("admin_key=admin", "engine.kv_tokens=256", "limits.max_n=4", "limits.max_sequences=4"):
+    SETTINGS += ["--set", _setting]
 
 pytestmark = [
     pytest.mark.skipif("TRY_SCHEMA" not in os.environ, reason="needs a package index; run by make schema"),
@@ -57,23 +62,25 @@ def schemathesis() -> Path:
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[Live]:
-    """A server whose parts are all real over a tiny base, with adapters on disk that can be loaded."""
-    with live(tmp_path / "adapters", admin_key="admin") as served:
-        save(served.shapes, tmp_path / "adapters")
-        yield served
+def running(tmp_path: Path) -> Iterator[Server]:
+    """The real command on the tests' pool, with adapters on disk that can be loaded; answers are short."""
+    root = tmp_path / "adapters"
+    save(root)
+    with serving(*SETTINGS, "--set", f"adapter_root={root}") as server:
+        yield server
 
 
-def save(shapes: BaseShapes, root: Path) -> None:
+def save(root: Path) -> None:
     """`poetry`, which the document's example names, and a sparse model."""
-    write_lora(random_adapter(shapes, 4, "poetry"), root / "poetry", BASE)
-    save_mixlora(random_mixlora(shapes, "mixture"), root / "mixture", BASE)
+    shapes = BaseShapes.from_config_dir(DEMO_POOL / "base", "loramux-demo-base")
+    write_lora(random_adapter(shapes, 4, "poetry"), root / "poetry", shapes.id)
+    save_mixlora(random_mixlora(shapes, "mixture"), root / "mixture", shapes.id)
 
 
-def test_the_server_keeps_to_its_document(schemathesis: Path, running: Live, tmp_path: Path) -> None:
+def test_the_server_keeps_to_its_document(schemathesis: Path, running: Server, tmp_path: Path) -> None:
     report = tmp_path / "report.ndjson"
     command = [
-        str(schemathesis), "run", f"{running.http.base_url}/openapi.json",
+        str(schemathesis), "run", f"{running.url}/openapi.json",
         "--mode", "all", "--phases", "examples,coverage,fuzzing", "--checks", ",".join(CHECKS),
         "--max-examples", str(EXAMPLES), "--seed", "1", "--continue-on-failure", "--workers", "2",
         "--header", "Authorization: Bearer admin", "--request-timeout", "120",
@@ -83,7 +90,7 @@ def test_the_server_keeps_to_its_document(schemathesis: Path, running: Live, tmp
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     print(done.stdout[-20_000:], done.stderr[-4_000:])
     assert done.returncode == 0
-    assert running.http.get("/health").status_code == 200
+    assert httpx.get(f"{running.url}/health").status_code == 200
     found = summary(report)
     assert set(found["operations"]) == {f"{method.upper()} {path}" for method, path in OPERATIONS}
     if EXAMPLES >= WHOLE:
@@ -94,9 +101,11 @@ def summary(report: Path) -> dict[str, Any]:
     """Of each operation, how many requests there were and how they were answered."""
     statuses: dict[str, Counter[str]] = {}
     for line in report.read_text(encoding="utf-8").splitlines():
-        event = json.loads(line).get("ScenarioFinished")
-        for label, status in [] if event is None else answered(event):
-            statuses.setdefault(label, Counter())[status] += 1
+        recorder = (json.loads(line).get("ScenarioFinished") or {}).get("recorder", {})
+        for interaction in recorder.get("interactions", {}).values():
+            response = interaction["response"]
+            status = "none" if response is None else str(response["status_code"])
+            statuses.setdefault(recorder["label"], Counter())[status] += 1
     return {
         "examples": EXAMPLES,
         "checks": CHECKS,
@@ -106,11 +115,3 @@ def summary(report: Path) -> dict[str, Any]:
             for label, counter in sorted(statuses.items())
         },
     }
-
-
-def answered(event: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Operation and status of each request of a scenario."""
-    recorder = event["recorder"]
-    for interaction in recorder["interactions"].values():
-        response = interaction["response"]
-        yield recorder["label"], "none" if response is None else str(response["status_code"])
