@@ -193,8 +193,16 @@ def _answer(operation: Operation) -> dict[str, Any]:
         return {"description": operation.summary, "content": {answer: {"schema": {"type": "string"}}}}
     content = {_JSON: {"schema": _reference(answer)}}
     if operation.chunk is not None:
-        content[_EVENTS] = {"schema": {"type": "string"}, "x-event-schema": _reference(operation.chunk)}
+        content[_EVENTS] = {"schema": _event(operation.chunk), "x-event-schema": _reference(operation.chunk)}
     return {"description": operation.summary, "content": content}
+
+
+def _event(chunk: Any) -> dict[str, Any]:
+    """One event of a stream: before OpenAPI 3.2 `schema` of this media type is taken to describe each."""
+    content = {"contentMediaType": _JSON, "contentSchema": _reference(chunk)}
+    data = {"type": "string", "anyOf": [{"const": "[DONE]"}, content]}
+    properties = {"event": {"type": "string"}, "data": data}
+    return {"type": "object", "properties": properties, "required": ["data"]}
 
 
 def _error(status: int) -> dict[str, Any]:

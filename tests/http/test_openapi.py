@@ -135,7 +135,12 @@ def test_the_events_of_a_stream_are_as_it_says(
         asked |= {"stream_options": {"include_usage": True}, "n": 2, "logprobs": True if path == CHAT else 1}
     schema = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
     text = served.http.post(path, json=asked).text
-    lines = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+    events = [
+        dict(line.split(": ", 1) for line in event.splitlines()) for event in text.split("\n\n") if event
+    ]
+    for event in events:
+        check(document, schema["schema"], event)
+    lines = [event["data"] for event in events]
     assert len(lines) > 5
     if path != RESPONSES:
         assert lines.pop() == "[DONE]"
