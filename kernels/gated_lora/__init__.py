@@ -11,7 +11,7 @@ import torch
 from loramux.kernels.gated_lora.dense import DenseForm
 from loramux.kernels.gated_lora.form import Bound, BoundAll, Form
 from loramux.kernels.gated_lora.gate_slot import GateSlot
-from loramux.kernels.gated_lora.native import FUNCTIONS, NativeForm, library
+from loramux.kernels.gated_lora.native import FUNCTIONS, NativeBound, NativeForm, library
 from loramux.kernels.gated_lora.plan import BARE, Plan, Slot, plan_step
 from loramux.kernels.gated_lora.reference import dense_gate, gated_lora_reference
 from loramux.kernels.gated_lora.shares import Adding, Share, TokenSlot
@@ -24,6 +24,7 @@ __all__ = [
     "DenseForm",
     "Form",
     "GateSlot",
+    "NativeBound",
     "NativeForm",
     "Plan",
     "Share",

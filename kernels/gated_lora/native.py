@@ -73,7 +73,7 @@ class NativeForm:
         name = FUNCTIONS.get((activations, factors))
         if found is None or name is None:
             raise RuntimeError(f"there is no native gated_lora for {activations} with {factors} factors here")
-        self._function = getattr(found, name)
+        self.function = getattr(found, name)
         self._plan = BARE
         self._blocks: list[RowBlock] = []
         self._tables: dict[tuple[int, ...], Table] = {}
@@ -89,7 +89,7 @@ class NativeForm:
         table = self._tables.get(which)
         if table is None:
             table = self._tables[which] = Table([self._blocks[i] for i in which])
-        return table.bind(self._function, a, b)
+        return table.bind(self.function, a, b)
 
     def bind_all(
         self, plan: Plan, modules: Sequence[str], a: Sequence[Tensor], b: Sequence[Tensor]
@@ -122,7 +122,7 @@ class Table:
         self._hidden = torch.empty_like(self._gates)
         self._products = gate_at
 
-    def bind(self, function: "ctypes._FuncPointer", a: Tensor, b: Tensor) -> Bound:
+    def bind(self, function: "ctypes._FuncPointer", a: Tensor, b: Tensor) -> "NativeBound":
         n_in, n_out = a.shape[1], b.shape[1]
         threads = torch.get_num_threads() if self._products * (n_in + n_out) >= SERIAL else 1
         call = Call(
@@ -130,11 +130,17 @@ class Table:
             self._blocks.data_ptr(), len(self._blocks), self._strips.data_ptr(), len(self._strips),
             self._tokens.data_ptr(), self._gates.data_ptr(), self._hidden.data_ptr(), threads,
         )  # fmt: skip
-        address = ctypes.addressof(call)
-        owners = (self, call, a, b)  # the addresses are good for as long as these live
+        return NativeBound(function, call, (self, a, b))
 
-        def apply(y: Tensor, x: Tensor, owners: object = owners) -> None:  # noqa: ARG001
-            x = x.contiguous()
-            function(address, y.data_ptr(), x.data_ptr(), BOTH)
 
-        return apply
+class NativeBound:
+    """What a plan adds at one module: `bound(y, x)`, or by others of the library `function(address, ...)`."""
+
+    def __init__(self, function: "ctypes._FuncPointer", call: Call, owners: tuple[object, ...]) -> None:
+        self.address = ctypes.addressof(call)
+        self._function = function
+        self._owners = (call, *owners)  # the addresses are good for as long as these live
+
+    def __call__(self, y: Tensor, x: Tensor) -> None:
+        x = x.contiguous()
+        self._function(self.address, y.data_ptr(), x.data_ptr(), BOTH)

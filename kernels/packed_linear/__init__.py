@@ -9,10 +9,11 @@ from loramux.kernels.packed_linear.measure import Timing, time_product
 from loramux.kernels.packed_linear.native import Instructions, instruction_sets, library
 from loramux.kernels.packed_linear.onednn import PackedLinear, can_pack, pack_linears
 from loramux.kernels.packed_linear.store import Kinds, storable, store_weights
-from loramux.kernels.packed_linear.stored import StoredEmbedding, StoredLinear
+from loramux.kernels.packed_linear.stored import FEW, StoredEmbedding, StoredLinear
 
 __all__ = [
     "BLOCK",
+    "FEW",
     "Instructions",
     "Kind",
     "Kinds",

@@ -57,7 +57,8 @@ def instruction_sets() -> list[Instructions]:
 
 
 class NativeMatrix:
-    """A stored matrix with a bias, for the library.
+    """A stored matrix with a bias, for the library, which knows it by its `address`. For fewer tokens than
+    `serial` one thread is enough.
 
     Raises:
         RuntimeError: when made without a library.
@@ -81,8 +82,8 @@ class NativeMatrix:
         self._matrix = _Matrix(
             data, scales, added, self.rows, packed.blocks, stride, _NUMBERS[packed.kind], instructions
         )
-        self._address = ctypes.addressof(self._matrix)
-        self._serial = -(-_SERIAL // max(1, self.rows * self._filled))
+        self.address = ctypes.addressof(self._matrix)
+        self.serial = -(-_SERIAL // max(1, self.rows * self._filled))
 
     def multiply(self, x: Tensor) -> Tensor:
         """x Wᵀ + b, float32 [..., rows], of x [..., columns]."""
@@ -95,14 +96,14 @@ class NativeMatrix:
         y = x.new_empty((*x.shape[:-1], self.rows))
         tokens = x.numel() // self._filled
         if tokens:
-            threads = torch.get_num_threads() if tokens >= self._serial else 1
-            self._multiply(self._address, y.data_ptr(), x.data_ptr(), tokens, threads)
+            threads = torch.get_num_threads() if tokens >= self.serial else 1
+            self._multiply(self.address, y.data_ptr(), x.data_ptr(), tokens, threads)
         return y
 
     def widen(self, first: int, count: int) -> Tensor:
         """`count` rows from `first` on, float32 [count, columns]."""
         out = torch.empty(count, self._filled)
-        self._widen(self._address, out.data_ptr(), None, first, count, self._threads(count))
+        self._widen(self.address, out.data_ptr(), None, first, count, self._threads(count))
         return out[:, : self._columns]
 
     def take(self, which: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class NativeMatrix:
         which = which.long().contiguous()
         out = torch.empty(*which.shape, self._filled)
         count = which.numel()
-        self._widen(self._address, out.data_ptr(), which.data_ptr(), 0, count, self._threads(count))
+        self._widen(self.address, out.data_ptr(), which.data_ptr(), 0, count, self._threads(count))
         return out[..., : self._columns]
 
     def _threads(self, rows: int) -> int:

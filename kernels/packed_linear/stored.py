@@ -35,10 +35,10 @@ class StoredLinear(nn.Linear):
         kept = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
         self.register_parameter("bias", kept)
         _hold(self, packed)
-        self._native = None if library() is None else NativeMatrix(packed, self.bias, instructions)
+        self.native = None if library() is None else NativeMatrix(packed, self.bias, instructions)
 
     def forward(self, x: Tensor) -> Tensor:
-        native = self._native
+        native = self.native
         if native is None:
             return F.linear(x.float(), unpack(self.packed), self.bias).to(x.dtype)
         tokens = x.numel() // self.in_features

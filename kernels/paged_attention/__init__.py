@@ -6,12 +6,13 @@ import torch
 
 from loramux.kernels.paged_attention.form import Form
 from loramux.kernels.paged_attention.gathered import GatheredForm
-from loramux.kernels.paged_attention.native import FUNCTIONS, NativeForm, library
+from loramux.kernels.paged_attention.native import FUNCTIONS, LANES, NativeForm, library
 from loramux.kernels.paged_attention.prompt import prompt_attention
 from loramux.kernels.paged_attention.reference import attention_reference, paged_attention_reference
 from loramux.kernels.paged_attention.rows import Rows, Scores, store_
 
 __all__ = [
+    "LANES",
     "Form",
     "GatheredForm",
     "NativeForm",

@@ -12,7 +12,7 @@ from loramux.kernels.paged_attention.rows import Rows, Scores
 
 FUNCTIONS = {torch.float32: "paged_attention_f32", torch.bfloat16: "paged_attention_bf16"}
 #: Dimensions of heads are worked on eight at a time.
-_LANES = 8
+LANES = 8
 #: Below this many products a layer is not worth waking a second thread for.
 _SERIAL = 65536
 
@@ -58,7 +58,7 @@ class NativeForm:
         found, name = library(), FUNCTIONS.get(dtype)
         if found is None or name is None:
             raise RuntimeError(f"there is no native paged_attention for {dtype} here")
-        self._function = getattr(found, name)
+        self.function = getattr(found, name)
         self._dtype = dtype
         self._other = GatheredForm()
         self._layers: dict[tuple[object, ...], _Layer] = {}
@@ -76,21 +76,23 @@ class NativeForm:
         rows: Rows,
         scores: Scores,
     ) -> Tensor:
-        if query.shape[-1] % _LANES or value.shape[-1] % _LANES or query.dtype != self._dtype:
+        if query.shape[-1] % LANES or value.shape[-1] % LANES or query.dtype != self._dtype:
             return self._other.attend(query, key, value, keys, values, rows, scores)
-        if rows is not self._rows:
-            self._take(rows, keys, query.shape[1] * query.shape[2])
-        layer = self._layer(query, key, value, scores)
+        rows_at = self.take(rows, keys, query.shape[1] * query.shape[2])
+        layer = self.layer((query.shape[1], key.shape[1], query.shape[2], value.shape[2]), scores)
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         out = query.new_empty(*query.shape[:2], value.shape[-1])
         sinks = None if scores.sinks is None else scores.sinks.float().contiguous()
-        self._function(
-            self._address, ctypes.addressof(layer), query.data_ptr(), key.data_ptr(), value.data_ptr(),
+        self.function(
+            rows_at, ctypes.addressof(layer), query.data_ptr(), key.data_ptr(), value.data_ptr(),
             keys.data_ptr(), values.data_ptr(), out.data_ptr(), None if sinks is None else sinks.data_ptr(),
         )  # fmt: skip
         return out
 
-    def _take(self, rows: Rows, keys: Tensor, width: int) -> None:
+    def take(self, rows: Rows, keys: Tensor, width: int) -> int:
+        """The address of what the library is told about a step's rows; `width` is that of a row's query."""
+        if rows is self._rows:
+            return self._address
         call = self._call
         call.tables, call.lengths = rows.tables.data_ptr(), rows.lengths.data_ptr()
         call.slots, call.count = rows.slots.data_ptr(), rows.lengths.shape[0]
@@ -98,9 +100,11 @@ class NativeForm:
         products = int(rows.lengths.sum()) * width
         call.threads = torch.get_num_threads() if products >= _SERIAL else 1
         self._rows = rows  # also keeps the tensors alive, whose addresses the call has
+        return self._address
 
-    def _layer(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> _Layer:
-        shape = (query.shape[1], key.shape[1], query.shape[2], value.shape[2])
+    def layer(self, shape: tuple[int, int, int, int], scores: Scores) -> _Layer:
+        """What the library is told about a layer of (heads, kv heads, dim, value dim); lives as long as this
+        form."""
         made = self._layers.get((*shape, scores.scale, scores.window, scores.softcap))
         if made is None:
             made = _Layer(*shape, scores.window or 0, scores.scale, scores.softcap or 0.0)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from loramux.kernels.compiled import compiled
 
-__all__ = ["library", "rms_norm", "rotate_", "swiglu_"]
+__all__ = ["SERIAL", "library", "rms_norm", "rotate_", "swiglu_"]
 
 #: Below this many values a second thread is not worth waking.
-_SERIAL = 65536
+SERIAL = 65536
 
 
 @cache
@@ -68,4 +68,4 @@ def _there() -> ctypes.CDLL:
 
 
 def _threads(values: int) -> int:
-    return torch.get_num_threads() if values >= _SERIAL else 1
+    return torch.get_num_threads() if values >= SERIAL else 1

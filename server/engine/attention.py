@@ -52,7 +52,7 @@ class PagedAttention:
         self.page_size = page_size
         self._dtype = dtype
         self._device = device
-        self._form = choose_form(device, dtype)
+        self.form = choose_form(device, dtype)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._scores: dict[int, Scores] = {}
         self._rows: Rows | None = None
@@ -97,12 +97,12 @@ class PagedAttention:
         count = self._count
         if not self._pieces:
             assert self._rows is not None  # a step has tokens
-            return self._form.attend(query, key, value, keys, values, self._rows, scores)
+            return self.form.attend(query, key, value, keys, values, self._rows, scores)
         assert self._slots is not None  # given with the pieces
         out = query.new_empty(*query.shape[:2], value.shape[-1])
         if self._rows is not None:
             mine = (query[:count], key[:count], value[:count])
-            out[:count] = self._form.attend(*mine, keys, values, self._rows, scores)
+            out[:count] = self.form.attend(*mine, keys, values, self._rows, scores)
         store_(keys, values, key[count:], value[count:], self._slots)
         for number, piece in enumerate(self._pieces):
             at = piece.tokens
@@ -123,6 +123,11 @@ class PagedAttention:
             found = Scores(scale, options.get("sliding_window"), options.get("softcap"), sinks)
             self._scores[layer] = found
         return found
+
+    def side(self, layer: int) -> tuple[Tensor, Tensor, Scores] | None:
+        """Keys and values of a layer, and how it makes weights; `None` before it first attends."""
+        found, scores = self._layers.get(layer), self._scores.get(layer)
+        return None if found is None or scores is None else (*found, scores)
 
     def _make(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if key.dtype != self._dtype:

@@ -37,7 +37,18 @@ def make_lean(model: nn.Module) -> int:
 
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """RMSNorm, with its weight or, as Gemma has it, with one more."""
+    found = norm_factor(module)
+    if found is None:
+        return None
+    factor, epsilon = found
+    return lambda x: rms_norm(x, factor, epsilon)
+
+
+def norm_factor(module: nn.Module) -> tuple[Tensor, float] | None:
+    """What an RMSNorm multiplies by, float32 [width], and its epsilon; `None` for any other module.
+
+    It is the module's weight or, as Gemma has it, one more.
+    """
     weight = getattr(module, "weight", None)
     epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if "RMSNorm" not in type(module).__name__ or not isinstance(epsilon, float):
@@ -48,7 +59,7 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     for factor in (weight.detach(), weight.detach() + 1):
         factor = factor.contiguous()
         if _equal(rms_norm(x, factor, epsilon), module(x)):
-            return lambda x, factor=factor: rms_norm(x, factor, epsilon)  # type: ignore[misc]
+            return factor, epsilon
     return None
 
 

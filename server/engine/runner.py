@@ -1,6 +1,7 @@
 """Runs a step: the model over the step's tokens, with the adapters of each sequence."""
 
 import inspect
+import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from loramux.server.engine.graphs import StepGraphs
 from loramux.server.engine.inputs import StepInputs
 from loramux.server.engine.sampler import CapturedDraw
 from loramux.server.engine.scheduler import Chunk
+from loramux.server.engine.stack import DecodeStack, UnfitError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -64,6 +68,7 @@ class Runner:
         self._before = model.config._attn_implementation
         self._plan_slots: list[tuple[Slot | None, int]] = []
         self._plan = BARE
+        self._stack: DecodeStack | None = None
         self._graphs: StepGraphs | None = None
         if graphs:
             self._graphs = StepGraphs(
@@ -71,9 +76,11 @@ class Runner:
             )
 
     def start(self) -> None:
-        """Take the model, and capture its decode steps where that was asked for."""
+        """Take the model, capture its decode steps where that was asked for, and on a CPU find out whether
+        its layers can be run in one call."""
         self._model.set_attn_implementation(PAGED)
         self._paged.attach(self._model)
+        self._stack = self._find_stack()
         if self._graphs is not None:
             self._graphs.capture()
 
@@ -105,7 +112,6 @@ class Runner:
                 return Logits(*replayed, rows, self._graphs.draw)
         meanwhile()
         self._inputs.send()
-        self._paged.plan(*self._attention(chunks, count))
         ranges: list[slice] = []
         keep: list[int] = []
         done = 0
@@ -114,12 +120,40 @@ class Runner:
             ranges.append(slice(len(keep), len(keep) + wanted))
             keep += range(done + chunk.length - wanted, done + chunk.length)
             done += chunk.length
-        self._layers.plan = self._plan_for(slots)
+        kept = None if len(keep) == count else keep
+        plan = self._plan_for(slots)
+        if singles and self._stack is not None and self._stack.fits(plan, count):
+            hidden = self._stack.hidden(self._inputs, self._inputs.rows(count))
+            logits = self._stack.logits(hidden if kept is None else hidden[kept])
+            return Logits(logits, None, tuple(ranges))
+        self._paged.plan(*self._attention(chunks, count))
+        self._layers.plan = plan
         try:
-            logits = self._forward(count, None if len(keep) == count else keep)
+            logits = self._forward(count, kept)
         finally:
             self._layers.plan = BARE
         return Logits(logits.float(), None, tuple(ranges))
+
+    @torch.inference_mode()
+    def _find_stack(self) -> DecodeStack | None:
+        """The layers in one call, if a sequence of two tokens gets the model's own logits from them. It is
+        written to the first pages, which hold nothing yet."""
+        if self._model.device.type != "cpu" or self._paged.pages < 2:
+            return None
+        try:
+            stack = DecodeStack(self._model, self._layers, self._paged)
+        except UnfitError as reason:
+            log.debug("decode steps are called layer by layer: %s", reason)
+            return None
+        inputs = self._inputs
+        inputs.host_tables[0, :2] = range(len(inputs.host_tables[0, :2]))
+        for place in range(min(2, self._paged.page_size * inputs.host_tables.shape[1])):
+            inputs.host_ids[0] = place
+            inputs.host_positions[0] = inputs.host_slots[0] = place
+            inputs.host_lengths[0] = place + 1
+            self._paged.plan(inputs.rows(1))
+            expected = self._forward(1)
+        return stack if stack.agrees(inputs, inputs.rows(1), expected) else None
 
     def _forward(self, tokens: int, keep: Items[int] | None = None) -> Tensor:
         """The model over the first tokens of the inputs; logits [rows, vocabulary] of those in `keep`, or of
