@@ -1,9 +1,9 @@
 """All layers of a decode step in one call, on a CPU in float32 (`native.cpp`).
 
 With `n = norm(h)`, a layer is `h += o(attend(rotate(q(n)), rotate(k(n)), v(n)))` and then, with `n` anew,
-`h += down(silu(gate(n)) * up(n))`. The operators are those of `packed_linear`, `pointwise`, `paged_attention` and `gated_lora`, in the
-same order and with the same threads as when each is called from Python, so the sums are the same to the last
-bit.
+`h += down(silu(gate(n)) * up(n))`. The operators are those of `packed_linear`, `pointwise`, `paged_attention`
+and `gated_lora`, in the same order and with the same threads as when each is called from Python, so the sums
+are the same to the last bit.
 """
 
 import ctypes
