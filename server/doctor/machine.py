@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 import torch
 
-from loramux.kernels import gated_lora, packed_linear, paged_attention, pointwise
+from loramux.kernels import decoder_stack, gated_lora, packed_linear, paged_attention, pointwise
 from loramux.kernels.mixlora_ffn import native as mixlora_ffn
 from loramux.kernels.packed_linear.native import instruction_sets
 from loramux.server.doctor.finding import Finding, Level
@@ -107,6 +107,7 @@ def _kernels(device: torch.device) -> Finding:
             return Finding("kernels", Level.WARNING, text, "pip install triton")
         return Finding("kernels", Level.OK, "Triton")
     libraries: dict[str, Callable[[], object | None]] = {
+        "decoder_stack": decoder_stack.library,
         "gated_lora": gated_lora.native.library,
         "mixlora_ffn": mixlora_ffn.library,
         "packed_linear": packed_linear.native.library,
