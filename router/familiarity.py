@@ -21,6 +21,10 @@ Scores = npt.NDArray[np.float64]
 
 #: Share of the distance to the general texts that is taken off the distance to the nearest expert.
 GENERAL_WEIGHT = 0.5
+#: Width, in squared distance, of the change from "nearer to the general texts" to "nearer to an expert". Half
+#: the difference of two distances is the logit of a discriminant; its probabilities are too sure, as ever in
+#: many dimensions, and this is a temperature of 4. docs/routing.md has the trial.
+GENERAL_SCALE = 8.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,8 +32,8 @@ class Familiarity:
     """means [k, d] of the experts' unit vectors (not normalised), precision [d, d], and a logistic curve.
 
     `center` is the squared distance at which a text is as likely foreign as known, `scale` the width of the
-    change. `general`: unit vectors [b, d] of texts that are about anything, or None; with them, half the
-    distance to their mean is taken off, so that a text has to be nearer to an expert than to everyday talk.
+    change. `general`: unit vectors [b, d] of texts that are about anything, or None; with them the pool's
+    texts have one more class beside the experts, that of everyday talk (`familiar`).
     Raises RouterError when the parts do not fit together.
     """
 
@@ -38,7 +42,8 @@ class Familiarity:
     center: float
     scale: float
     general: Vectors | None = None
-    _nearness: "Nearness" = field(init=False, repr=False)
+    _own: "Distances" = field(init=False, repr=False)
+    _everyday: "Distances | None" = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         dimension = self.means.shape[-1]
@@ -50,11 +55,43 @@ class Familiarity:
             raise RouterError(f"familiarity: center {self.center} and scale {self.scale} are no curve")
         if self.general is not None and (self.general.ndim != 2 or self.general.shape[1:] != (dimension,)):
             raise RouterError(f"familiarity: general texts {self.general.shape}, dimension {dimension}")
-        object.__setattr__(self, "_nearness", Nearness(self.means, self.precision, self.general))
+        object.__setattr__(self, "_own", Distances(self.means, self.precision))
+        object.__setattr__(self, "_everyday", everyday_distances(self.general, self.precision))
 
     def probability(self, vectors: Vectors) -> Scores:
         """[n, d] unit vectors -> [n] from 0 (foreign) to 1 (as an expert's own texts)."""
-        return known(self._nearness.nearest(vectors), self.center, self.scale)
+        everyday = None if self._everyday is None else self._everyday(vectors)[:, 0]
+        return familiar(self._own.nearest(vectors), everyday, self.center, self.scale)
+
+
+def familiar(nearest: Scores, everyday: Scores | None, center: float, scale: float) -> Scores:
+    """Squared distances [n] to the nearest expert's mean and to that of everyday talk -> probability [n].
+
+    A text is known if it is near to an expert, which is told by a curve over the distance less half of that
+    to everyday talk, and if it is nearer to that expert than to everyday talk. One alone is not enough: the
+    first calls everyday talk known that resembles an expert's texts, the second whatever is far from both.
+    """
+    if everyday is None:
+        return known(nearest, center, scale)
+    found: Scores = known(nearness(nearest, everyday), center, scale) * known(
+        nearest - everyday, 0.0, GENERAL_SCALE
+    )
+    return found
+
+
+def nearness(distances: Scores, everyday: Scores | None) -> Scores:
+    """Distances [n] or [n, k] less the share of those to everyday talk [n]."""
+    if everyday is None:
+        return distances
+    found: Scores = (distances.T - GENERAL_WEIGHT * everyday).T
+    return found
+
+
+def everyday_distances(general: Vectors | None, precision: Vectors) -> "Distances | None":
+    """Distances to the mean of the general texts; None without any."""
+    if general is None or not len(general):
+        return None
+    return Distances(general.astype(np.float64).mean(axis=0, keepdims=True).astype(np.float32), precision)
 
 
 def known(nearest: Scores, center: float, scale: float) -> Scores:
@@ -101,27 +138,3 @@ class Distances:
             exact = self._constant[near] - 2 * (self._projected[near] @ row)
             least[number] = max(0.0, float(row @ self._precision @ row) + float(exact.min()))
         return least
-
-
-class Nearness:
-    """Rows [n, d] -> distance to every mean [n, k], less the share of that to the general texts' mean."""
-
-    def __init__(self, means: Vectors, precision: Vectors, general: Vectors | None) -> None:
-        """`general` None or empty takes nothing off."""
-        self._own = Distances(means, precision)
-        self._general: Distances | None = None
-        if general is not None and len(general):
-            mean = general.astype(np.float64).mean(axis=0, keepdims=True).astype(np.float32)
-            self._general = Distances(mean, precision)
-
-    def __call__(self, vectors: Vectors) -> Scores:
-        return self._less_general(self._own(vectors), vectors)
-
-    def nearest(self, vectors: Vectors) -> Scores:
-        """Unit rows [n, d] -> the least of those [n]."""
-        return self._less_general(self._own.nearest(vectors)[:, None], vectors)[:, 0]
-
-    def _less_general(self, found: Scores, vectors: Vectors) -> Scores:
-        if self._general is not None:
-            found = found - GENERAL_WEIGHT * self._general(vectors)
-        return found

@@ -90,6 +90,36 @@ Pretend to be a pirate.
 What happened in 1989?
 When is Easter this year?
 What is a black hole?
+What is the capital of Norway?
+Capital of Thailand
+Which city is the capital of Egypt?
+How many people live in Berlin?
+Where is Machu Picchu?
+In which country is Mount Kilimanjaro?
+What is the official language of Switzerland?
+How tall is the Statue of Liberty?
+When was the Berlin wall built?
+Who was the first person in space?
+Who is the king of Spain?
+What year did the Titanic sink?
+How many continents are there?
+What is the most spoken language in the world?
+Which planet is the hottest?
+How deep is the Pacific Ocean?
+What is the national flower of India?
+Who invented the light bulb?
+Where do penguins live?
+What is the coldest place on earth?
+How many states does Germany have?
+What time zone is New York in?
+Who is the author of War and Peace?
+How many strings does a violin have?
+What is the largest city in Turkey?
+Which continent is Peru in?
+What money do they use in Denmark?
+What is the area of Iceland?
+Who won the last world cup?
+What do people eat in Vietnam?
 Je voudrais réserver une table pour deux.
 Quelle heure est-il ?
 Wie wird das Wetter morgen?

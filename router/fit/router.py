@@ -10,7 +10,7 @@ from ..classifier import LinearClassifier, softmax
 from ..decision import Strategy
 from ..encoder import EncoderSpec, normalize_rows
 from ..errors import RouterError, RoutingExamplesError
-from ..familiarity import Distances, Familiarity, Nearness, known
+from ..familiarity import Distances, Familiarity, everyday_distances, familiar, nearness
 from ..index import CentroidIndex
 from ..router import hybrid_scores
 from ..state import Calibration, RouterState, Samples
@@ -170,13 +170,13 @@ def remove_expert(state: RouterState, expert: str) -> RouterState:
 class _Held:
     """Every row as one that nothing was fitted on.
 
-    cosines, squared distances to the experts' means, and those less the share of the general texts' (the
-    nearness that the familiarity reads), each [n, k].
+    cosines and squared distances to the experts' means, each [n, k], and the distances to the mean of the
+    general texts [n], where there are any.
     """
 
     cosines: Scores
     distances: Scores
-    nearness: Scores
+    everyday: Scores | None
 
     @property
     def logits(self) -> Scores:
@@ -185,18 +185,17 @@ class _Held:
 
     @property
     def nearest(self) -> Scores:
-        """Nearness of the nearest expert [n]."""
-        result: Scores = self.nearness.min(axis=1)
+        """Distance to the nearest expert [n]."""
+        result: Scores = self.distances.min(axis=1)
         return result
 
     def foreign(self, labels: Labels) -> Scores:
         """Nearness of the nearest of the other experts [n]: what a foreign text looks like to this pool."""
         if self.distances.shape[1] == 1:
             return np.zeros(0)
-        others = self.nearness.copy()
+        others = self.distances.copy()
         others[np.arange(len(labels)), labels] = np.inf
-        result: Scores = others.min(axis=1)
-        return result
+        return nearness(others.min(axis=1), self.everyday)
 
 
 def _calibrated(
@@ -216,12 +215,12 @@ def _calibrated(
     temperature = fit_temperature(held.logits, labels, platt_smoothing(len(labels)))
     fitted = fit_discriminant(vectors, labels, len(experts), shrinkage)
     foreign = held.foreign(labels)
-    if general is not None and len(general):
-        everyday = Nearness(fitted.means, fitted.precision, general)(general).min(axis=1)
-        foreign = np.concatenate([foreign, everyday])
-    center, scale = fit_curve(held.nearest, foreign)
+    if general is not None and (everyday := everyday_distances(general, fitted.precision)) is not None:
+        nearest = Distances(fitted.means, fitted.precision)(general).min(axis=1)
+        foreign = np.concatenate([foreign, nearness(nearest, everyday(general)[:, 0])])
+    center, scale = fit_curve(nearness(held.nearest, held.everyday), foreign)
     probabilities = softmax(held.logits / temperature).astype(np.float64)
-    probabilities *= known(held.nearest, center, scale)[:, None]
+    probabilities *= familiar(held.nearest, held.everyday, center, scale)[:, None]
     weight = options.hybrid_weight
     if weight is None:
         weight = fit_hybrid_weight(held.cosines, probabilities, labels).weight
@@ -257,15 +256,17 @@ def _held(
     shrinkage: float,
     general: Vectors | None,
 ) -> _Held:
-    cosines, distances, nearness = (np.zeros((len(labels), k)) for _ in range(3))
+    cosines, distances = (np.zeros((len(labels), k)) for _ in range(2))
+    everyday = None if general is None or not len(general) else np.zeros(len(labels))
     for number in range(int(fold.max()) + 1):
         out = fold == number
         rows, own = vectors[~out], labels[~out]
         fitted = fit_discriminant(rows, own, k, shrinkage)
         cosines[out] = _cosines(vectors[out], mean_centroids(rows, own, k), mean, centring)
         distances[out] = Distances(fitted.means, fitted.precision)(vectors[out])
-        nearness[out] = Nearness(fitted.means, fitted.precision, general)(vectors[out])
-    return _Held(cosines, distances, nearness)
+        if everyday is not None and (to := everyday_distances(general, fitted.precision)) is not None:
+            everyday[out] = to(vectors[out])[:, 0]
+    return _Held(cosines, distances, everyday)
 
 
 def _shrinkage(vectors: Vectors, options: RouterFitOptions) -> float:
