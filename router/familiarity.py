@@ -21,10 +21,8 @@ Scores = npt.NDArray[np.float64]
 
 #: Share of the distance to the general texts that is taken off the distance to the nearest expert.
 GENERAL_WEIGHT = 0.5
-#: Width, in squared distance, of the change from "nearer to the general texts" to "nearer to an expert". Half
-#: the difference of two distances is the logit of a discriminant; its probabilities are too sure, as ever in
-#: many dimensions, and this is a temperature of 4. docs/routing.md has the trial.
-GENERAL_SCALE = 8.0
+#: Half the difference of two squared distances is the logit of a discriminant: its width in distance is 2.
+LOGIT = 2.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,9 +71,7 @@ def familiar(nearest: Scores, everyday: Scores | None, center: float, scale: flo
     """
     if everyday is None:
         return known(nearest, center, scale)
-    found: Scores = known(nearness(nearest, everyday), center, scale) * known(
-        nearest - everyday, 0.0, GENERAL_SCALE
-    )
+    found: Scores = known(nearness(nearest, everyday), center, scale) * known(nearest - everyday, 0.0, LOGIT)
     return found
 
 
