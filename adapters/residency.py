@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,12 +38,12 @@ class Handle:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A blend made resident and pinned. `handle`, which only the engine understands, is `None` for the bare
-    base; `seconds` is what merging took."""
+    """A blend made resident and pinned. `handle` is a `Handle`, or what stands for one in another process;
+    `None` for the bare base. `seconds` is what merging took."""
 
     key: str
     method: str
-    handle: object
+    handle: Any
     rank: int
     relative_error: float
     cached: bool
@@ -52,7 +52,8 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class ResidencyStats:
-    """A snapshot for `/metrics`; counters only grow. `room`: experts of the largest rank that fit at once."""
+    """A snapshot for `/metrics`; counters only grow. `room`: experts of the largest rank that fit at once;
+    `moved_bytes`: of rows that were copied to the device for leases."""
 
     capacity_bytes: int
     used_bytes: int
@@ -64,6 +65,7 @@ class ResidencyStats:
     hits: int
     misses: int
     evictions: int
+    moved_bytes: int = 0
 
 
 @dataclass(eq=False)
@@ -130,7 +132,7 @@ class Residency:
         self._released = asyncio.Event()
         self._copying = QuietThreads("loramux-copy")
         self._merging = QuietThreads("loramux-merge", count=max(1, (os.cpu_count() or 1) // 4))
-        self._hits = self._misses = self._evictions = 0
+        self._hits = self._misses = self._evictions = self._moved_rows = 0
 
     @property
     def experts(self) -> Mapping[str, LoraAdapter]:
@@ -231,6 +233,7 @@ class Residency:
             hits=self._hits,
             misses=self._misses,
             evictions=self._evictions,
+            moved_bytes=self._moved_rows * unit,
         )
 
     def check_integrity(self) -> None:
@@ -316,6 +319,7 @@ class Residency:
         for resident, ready in fresh:
             try:
                 await self._copying.run(self._arena.write, resident.adapter, resident.extents)
+                self._moved_rows += _rows(resident.extents)
                 ready.set_result(None)
             finally:
                 if not ready.done():

@@ -9,12 +9,12 @@ from loramux.adapters.errors import AdapterError
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.sparse.model import SparseModel
 from loramux.adapters.sparse.options import DEFAULT, ReadOptions
-from loramux.adapters.sparse.shelf import Shelf, SparseCard
+from loramux.adapters.sparse.shelf import SparseCard
 from loramux.router.joining import Joined
 from loramux.router.router import Router as FittedRouter
 from loramux.server.catalog import Catalog
 from loramux.server.errors import Conflict, RequestError, UnknownModel
-from loramux.server.leases import Residence
+from loramux.server.leases import ExpertStore, SparseStore
 from loramux.server.selection import Router
 
 
@@ -39,8 +39,8 @@ class AdapterAdmin:
     def __init__(
         self,
         catalog: Catalog,
-        residency: Residence,
-        shelf: Shelf,
+        residency: ExpertStore,
+        shelf: SparseStore,
         router: Router,
         root: Path,
         read: Callable[[Path, str, ReadOptions], LoraAdapter | SparseModel],
@@ -66,10 +66,7 @@ class AdapterAdmin:
             RoutingExamplesError: the router can make no route from the examples.
         """
         async with self._busy:
-            if self._catalog.is_taken(name):
-                raise Conflict(
-                    f"{name!r} is taken; unload it first or choose another name", param="lora_name"
-                )
+            self._refuse_taken(name)
             folder = self._confined(path)
             try:
                 found = await asyncio.to_thread(self._read, folder, name, options)
@@ -100,17 +97,28 @@ class AdapterAdmin:
             elif name in self._catalog.sparse:
                 self._shelf.remove(name)
             else:
-                loaded = (*sorted(self._catalog.experts), *sorted(self._catalog.sparse))
-                raise UnknownModel(name, param="lora_name", known=loaded)
+                raise self._unknown(name)
+
+    def _refuse_taken(self, name: str) -> None:
+        if self._catalog.is_taken(name):
+            raise Conflict(f"{name!r} is taken; unload it first or choose another name", param="lora_name")
+
+    def _unknown(self, name: str) -> UnknownModel:
+        loaded = (*sorted(self._catalog.experts), *sorted(self._catalog.sparse))
+        return UnknownModel(name, param="lora_name", known=loaded)
 
     async def _add_sparse(self, model: SparseModel, examples: Sequence[str] | None) -> SparseCard:
+        self._refuse_examples(model, examples)
+        return await self._shelf.add(model)
+
+    @staticmethod
+    def _refuse_examples(model: SparseModel | SparseCard, examples: Sequence[str] | None) -> None:
         if examples is not None:
             raise RequestError(
                 f"routing_examples are for LoRAs; {model.id!r} is {model.kind}, which is asked for by name",
                 param="routing_examples",
                 code="invalid_value",
             )
-        return await self._shelf.add(model)
 
     async def _joined(self, expert: LoraAdapter, examples: Sequence[str] | None) -> Joined | None:
         """The router with a route for the expert; None when none is asked for, or the pool's comes back."""

@@ -31,6 +31,7 @@ from loramux.server.routes.metrics import metrics_routes
 from loramux.server.routes.models import model_routes
 from loramux.server.routes.playground import playground_routes
 from loramux.server.routes.reference import reference_routes
+from loramux.server.routes.replicas import replica_routes
 from loramux.server.routes.responses import response_routes
 from loramux.server.routes.route import route_routes
 from loramux.server.routes.tokens import token_routes
@@ -47,6 +48,7 @@ ROUTE_GROUPS: tuple[Callable[[Parts], APIRouter], ...] = (
     route_routes,
     token_routes,
     admin_routes,
+    replica_routes,
     health_routes,
     metrics_routes,
     playground_routes,

@@ -2,14 +2,23 @@
 
 from loramux.server.backend.front import build_front
 from loramux.server.build import build
+from loramux.server.errors import StartError
 from loramux.server.parts import Parts
+from loramux.server.replicas.build import build_edge
 from loramux.server.settings import Settings
 
 
 def assemble(settings: Settings) -> Parts:
-    """The parts of the server that the settings describe: with an engine of its own, or in front of backends.
+    """The parts of the server that the settings describe: with an engine of its own, with replicas that have
+    one each, or in front of backends.
 
     Raises:
         StartError, AdapterError, RouterError: one line that names the file or setting at fault.
     """
-    return build_front(settings) if settings.backend.urls else build(settings)
+    if settings.backend.urls and settings.replicas:
+        raise StartError(
+            "replicas are processes of this server and generate: set either replicas or backend.urls"
+        )
+    if settings.backend.urls:
+        return build_front(settings)
+    return build_edge(settings) if settings.replicas else build(settings)

@@ -33,18 +33,19 @@ from loramux.server.admin import AdapterAdmin
 from loramux.server.audit import Audits
 from loramux.server.base_files import BaseFiles
 from loramux.server.catalog import Catalog
+from loramux.server.core import Core
 from loramux.server.counterfactuals import Counterfactuals
 from loramux.server.engine.gguf.weights import GgufWeights
 from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.local import EngineLimits, LocalEngine
-from loramux.server.engine.model import BaseModelError, load_base
+from loramux.server.engine.model import BaseModelError, eos_ids_of, load_base
 from loramux.server.engine.protocol import Engine
 from loramux.server.engine.runner import logits_width
 from loramux.server.engine.weights import prepare
 from loramux.server.errors import StartError
 from loramux.server.expert_metrics import expert_stats
 from loramux.server.intake import Intake
-from loramux.server.leases import Leases, Residence
+from loramux.server.leases import ExpertStore, Leases, SparseStore, TokenStore
 from loramux.server.lifecycle import Lifecycle, Phase
 from loramux.server.logo import Logo
 from loramux.server.memory.blueprint import Blueprint, Target, loaded_bytes
@@ -77,6 +78,43 @@ def build(settings: Settings) -> Parts:
     keys = api_keys(settings)
     traces = make_traces(settings.traces)
     pool = open_pool(settings)
+    core = build_core(settings, pool)
+    metrics = Metrics(
+        core.base,
+        core.engine.stats,
+        core.residency.stats,
+        sparse_stats=core.shelf.stats,
+        token_bytes=lambda: core.mixtures.nbytes,
+    )
+    router = RoutingService(load_pool_router(settings, pool), observe=metrics.route_stage)
+    return connect(
+        settings,
+        metrics=metrics,
+        keys=keys,
+        base=core.base,
+        residency=core.residency,
+        shelf=core.shelf,
+        mixtures=core.mixtures,
+        engine=core.engine,
+        router=router,
+        tokenizer=core.tokenizer,
+        grammars=core.grammars,
+        read=core.read,
+        adapter_root=settings.adapter_root or pool.root / "experts",
+        fingerprint=fingerprint(pool),
+        traces=traces,
+        facts=read_facts(pool),
+    )
+
+
+def build_core(settings: Settings, pool: Pool, *, among: int = 1) -> Core:
+    """What generates: the base with its experts, and the engine over them, which is not started yet.
+
+    `among` processes on this machine start at once and share its memory.
+
+    Raises:
+        StartError, AdapterError: one line that names the file or setting at fault.
+    """
     files = base_files(settings, pool)
     blueprint = Blueprint.read(files.folder)
     weights = files.weights()
@@ -84,7 +122,7 @@ def build(settings: Settings) -> Parts:
         device=settings.device, dtype=settings.dtype, quantization=settings.quantization, weights=weights
     )
     shapes = blueprint.shapes(pool.manifest.base.id)
-    budget = make_budget(settings, pool, target, blueprint)
+    budget = make_budget(settings, pool, target, blueprint, among)
     model = load_model(files.folder, target, budget, weights)
     tokenizer = load_tokenizer(files.folder)
     read = partial(
@@ -106,31 +144,18 @@ def build(settings: Settings) -> Parts:
     placing = partial(place_model, layers=layers, device=model.device, dtype=target.dtype)
     shelf = Shelf(placing, sparse, allowance)
     mixtures = TokenMixtures(partial(token_experts, device=model.device, dtype=target.dtype), allowance)
-    metrics = Metrics(
-        pool.manifest.base.id,
-        engine.stats,
-        residency.stats,
-        sparse_stats=shelf.stats,
-        token_bytes=lambda: mixtures.nbytes,
-    )
-    router = RoutingService(load_pool_router(settings, pool), observe=metrics.route_stage)
-    return connect(
-        settings,
-        metrics=metrics,
-        keys=keys,
+    return Core(
         base=pool.manifest.base.id,
         residency=residency,
         shelf=shelf,
         mixtures=mixtures,
         engine=engine,
-        router=router,
         tokenizer=tokenizer,
         grammars=grammars,
         read=read,
-        adapter_root=settings.adapter_root or pool.root / "experts",
-        fingerprint=fingerprint(pool),
-        traces=traces,
-        facts=read_facts(pool),
+        eos_ids=tuple(eos_ids_of(model)),
+        width=logits_width(model),
+        rows=budget.rows,
     )
 
 
@@ -140,9 +165,9 @@ def connect(
     metrics: Metrics,
     keys: tuple[str, ...],
     base: str,
-    residency: Residence,
-    shelf: Shelf,
-    mixtures: TokenMixtures,
+    residency: ExpertStore,
+    shelf: SparseStore,
+    mixtures: TokenStore,
     engine: Engine,
     router: Router,
     tokenizer: ChatTokenizer,
@@ -153,10 +178,12 @@ def connect(
     traces: Traces = NO_TRACES,
     facts: Mapping[str, ExpertFacts] = MappingProxyType({}),
     refused: Mapping[str, str] = MappingProxyType({}),
+    admin: Callable[..., AdapterAdmin] = AdapterAdmin,
 ) -> Parts:
     """The parts of a server around a residency, an engine and a router, whichever they are.
 
     `facts`: what the pool says of its experts, by id; `refused`: why some names of the pool are not served.
+    `admin` is an `AdapterAdmin`, or one that does the same in other processes.
     """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards, facts, refused)
@@ -169,7 +196,7 @@ def connect(
     }
     metrics.watch(
         routable=lambda: len(catalog.routed()),
-        ready=lambda: lifecycle.phase is Phase.READY and engine.stats().dead is None,
+        ready=lambda: lifecycle.phase is Phase.READY and engine.stats().is_live,
         experts=lambda: expert_stats(residency, shelf, gains),
     )
     selector = Selector(
@@ -217,7 +244,7 @@ def connect(
         pipeline=pipeline,
         metrics=metrics,
         traces=traces,
-        admin=AdapterAdmin(catalog, residency, shelf, router, adapter_root, read),
+        admin=admin(catalog, residency, shelf, router, adapter_root, read),
         fingerprint=fingerprint,
     )
 
@@ -248,7 +275,9 @@ def load_tokenizer(location: str) -> ChatTokenizer:
     return tokenizer
 
 
-def make_budget(settings: Settings, pool: Pool, target: Target, blueprint: Blueprint) -> Budget:
+def make_budget(
+    settings: Settings, pool: Pool, target: Target, blueprint: Blueprint, among: int = 1
+) -> Budget:
     """Who gets how much memory, decided before any weight is read.
 
     Raises:
@@ -263,7 +292,10 @@ def make_budget(settings: Settings, pool: Pool, target: Target, blueprint: Bluep
         router_bytes=router_bytes(pool, settings.encoder),
         sparse=measure_sparse_models(pool, shapes),
     )
-    budget = plan_budget(settings, target, sizes, device_room(target.device), host_room())
+    device = device_room(target.device).shared(
+        among if target.device.type == "cpu" else -(-among // torch.cuda.device_count())
+    )
+    budget = plan_budget(settings, target, sizes, device, host_room().shared(among))
     log.info("memory\n%s", budget.table())
     return budget
 
@@ -318,13 +350,6 @@ def make_engine(
         graphs=chosen.cuda_graphs == "auto" and model.device.type == "cuda",
     )
     return LocalEngine(model, layers, eos_ids=eos_ids_of(model), limits=limits, grammars=grammars)
-
-
-def eos_ids_of(model: PreTrainedModel) -> list[int]:
-    """The tokens that end an answer of this model."""
-    generation = model.generation_config.eos_token_id if model.generation_config else None
-    eos = model.config.eos_token_id if generation is None else generation
-    return [eos] if isinstance(eos, int) else list(eos or ())
 
 
 def make_grammars(tokenizer: ChatTokenizer, model: PreTrainedModel) -> Grammars:

@@ -28,6 +28,8 @@ class ResidencyNumbers(Protocol):
     def misses(self) -> int: ...
     @property
     def evictions(self) -> int: ...
+    @property
+    def moved_bytes(self) -> int: ...
 
 
 class EngineCollector(Collector):
@@ -107,3 +109,6 @@ class ResidencyCollector(Collector):
             ("evictions", "Residents thrown out for others.", stats.evictions),
         ):
             yield CounterMetricFamily(f"loramux_merge_cache_{name}", text, value=total)
+        yield CounterMetricFamily(
+            "loramux_residency_moved_bytes", "Adapter bytes copied to the device.", value=stats.moved_bytes
+        )

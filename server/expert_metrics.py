@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from loramux.adapters.sparse.shelf import Shelf
 from loramux.server.job import Job, State
-from loramux.server.leases import Residence
+from loramux.server.leases import ExpertStore, SparseStore
 
 #: The tiers as vLLM calls them; `gpu` is the device that computes, whichever that is.
 DEVICE, HOST = "gpu", "cpu"
@@ -41,7 +40,7 @@ class ExpertStats:
     room: int = 0
 
 
-def expert_stats(residency: Residence, shelf: Shelf, gains: Mapping[str, float]) -> ExpertStats:
+def expert_stats(residency: ExpertStore, shelf: SparseStore, gains: Mapping[str, float]) -> ExpertStats:
     """Of what is loaded now; `gains` by content hash, for a name may come to mean something else."""
     stats = residency.stats()
     resident = frozenset(stats.resident_experts)

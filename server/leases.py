@@ -8,8 +8,9 @@ from typing import Protocol
 from loramux.adapters.blend import Blend
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.residency import Lease, ResidencyStats
-from loramux.adapters.sparse.shelf import Shelf
-from loramux.adapters.sparse.token_mixtures import TokenMixture, TokenMixtures
+from loramux.adapters.sparse.model import SparseModel
+from loramux.adapters.sparse.shelf import SparseCard, SparseStats
+from loramux.adapters.sparse.token_mixtures import TokenMixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,35 +23,43 @@ class SparseChoice:
 Mixture = Blend | SparseChoice | TokenMixture
 
 
-class Residence(Protocol):
-    """Where the blends of a pool become resident: on this machine, or on backends."""
+class ExpertStore(Protocol):
+    """Where the experts are, and blends of them become resident: `Residency`, or what stands for one, in
+    other processes or on backends.
+
+    `experts` is a live view. `add_expert` raises `BlendError` where one cannot be served; requests that run
+    keep what `remove_expert` takes away.
+    """
 
     @property
-    def experts(self) -> Mapping[str, LoraAdapter]:
-        """Every expert by id; a live view."""
-        ...
+    def experts(self) -> Mapping[str, LoraAdapter]: ...
+    def lease(self, blend: Blend, /) -> AbstractAsyncContextManager[Lease]: ...
+    def add_expert(self, expert: LoraAdapter, /) -> None: ...
+    def remove_expert(self, expert_id: str, /) -> None: ...
+    def stats(self) -> ResidencyStats: ...
 
-    def lease(self, blend: Blend) -> AbstractAsyncContextManager[Lease]:
-        """Hold a blend until the context ends."""
-        ...
 
-    def add_expert(self, expert: LoraAdapter) -> None:
-        """Serve one more; raises `BlendError` where it cannot be."""
-        ...
+class SparseStore(Protocol):
+    """Where the sparse models are: `Shelf`, or what stands for one."""
 
-    def remove_expert(self, expert_id: str) -> None:
-        """Serve one less; running requests keep it."""
-        ...
+    @property
+    def cards(self) -> Mapping[str, SparseCard]: ...
+    def lease(self, id: str, /) -> AbstractAsyncContextManager[Lease]: ...
+    async def add(self, model: SparseModel, /) -> SparseCard: ...
+    def remove(self, id: str, /) -> None: ...
+    def stats(self) -> SparseStats: ...
 
-    def stats(self) -> ResidencyStats:
-        """A snapshot for `/metrics`."""
-        ...
+
+class TokenStore(Protocol):
+    """Where mixtures that tokens choose from become ready: `TokenMixtures`, or what stands for one."""
+
+    def lease(self, mixture: TokenMixture, /) -> AbstractAsyncContextManager[Lease]: ...
 
 
 class Leases:
     """Where each kind of mixture becomes resident."""
 
-    def __init__(self, residency: Residence, shelf: Shelf, tokens: TokenMixtures) -> None:
+    def __init__(self, residency: ExpertStore, shelf: SparseStore, tokens: TokenStore) -> None:
         self._residency = residency
         self._shelf = shelf
         self._tokens = tokens

@@ -5,7 +5,7 @@ scrape. Every label is bounded: by the pool, by the routes, or by `MAX_LABELS`.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -25,6 +25,7 @@ from loramux.server.engine.protocol import EngineStats
 from loramux.server.engine_metrics import EngineCollector, ResidencyCollector, ResidencyNumbers
 from loramux.server.expert_metrics import ExpertCollector, ExpertStats
 from loramux.server.job import Job, State
+from loramux.server.replica_metrics import ReplicaCollector, ReplicaStats
 from loramux.server.sparse_metrics import SparseCollector
 
 MAX_LABELS = 256
@@ -49,6 +50,7 @@ class Metrics:
         *,
         sparse_stats: Callable[[], SparseStats] = SparseStats,
         token_bytes: Callable[[], Mapping[str, int]] = dict,
+        replicas: Callable[[], Sequence[ReplicaStats]] = tuple,
     ) -> None:
         self.registry = CollectorRegistry()
         self._base = base
@@ -64,6 +66,7 @@ class Metrics:
             ResidencyCollector(residency_stats),
             ExpertCollector(base, self._experts, self.live),
             SparseCollector(sparse_stats, token_bytes),
+            ReplicaCollector(replicas),
         ):
             self.registry.register(collector)
 

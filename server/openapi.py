@@ -12,6 +12,7 @@ from loramux.server.wire.admin import LoadAdapterRequest, UnloadAdapterRequest
 from loramux.server.wire.chat import ChatRequest
 from loramux.server.wire.completions import CompletionRequest
 from loramux.server.wire.embeddings import EmbeddingsRequest
+from loramux.server.wire.replicas import Drained, DrainReplicaRequest, ReplicaList
 from loramux.server.wire.responses import ResponseRequest
 from loramux.server.wire.route import RouteRequest
 from loramux.server.wire.strict import StrictModel
@@ -126,6 +127,17 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("get", "/v1/lora_adapters"): Operation(
         "What is loaded", answers.AdapterList, errors=(*_KEYED, 403), admin=True
+    ),
+    ("get", "/v1/replicas"): Operation(
+        "The processes that generate", ReplicaList, errors=(*_KEYED, 403), admin=True
+    ),
+    ("post", "/v1/drain_replica"): Operation(
+        "Start one of them again, after its sequences have moved to others",
+        Drained,
+        DrainReplicaRequest,
+        {"replica": 0},
+        errors=(*_OF_BODIES, 403, 409),
+        admin=True,
     ),
     ("get", "/health"): Operation("Whether the process lives", answers.Status, errors=(503,), open=True),
     ("get", "/ready"): Operation("Whether it takes work", answers.Status, errors=(503,), open=True),

@@ -184,6 +184,7 @@ class Settings(BaseSettings):
         default=False,
         description="Export OpenTelemetry traces as the `OTEL_*` variables say; needs `loramux[otel]`.",
     )
+    replicas: int = Field(default=0, ge=0, le=64, description="Processes that generate; 0: this one does.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Of the server's log."
     )

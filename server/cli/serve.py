@@ -18,6 +18,7 @@ import uvicorn
 from loramux.server.cli.flags import put
 from loramux.server.errors import StartError
 from loramux.server.listener import address_of, listen
+from loramux.server.logs import configure_logs
 from loramux.server.settings import DEFAULT_POOL, Settings, load_settings
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def serve(
         list[str] | None,
         typer.Option(help="Server that generates in place of this process, http://host:port; repeatable."),
     ] = None,
+    replicas: Annotated[int | None, typer.Option(help="Processes that generate; 0: this one does.")] = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting, as limits.max_n=4; repeatable.")
     ] = None,
@@ -51,7 +53,7 @@ def serve(
     """
     named = {
         "host": host, "port": port, "pool": pool, "base": base, "device": device, "dtype": dtype,
-        "quantization": quantization, "log_level": log_level,
+        "quantization": quantization, "log_level": log_level, "replicas": replicas,
     }  # fmt: skip
     flags: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if backend:
@@ -69,17 +71,7 @@ def run(settings: Settings) -> None:
     """
     # Nothing is ever fetched: a hub id means files that are in the local cache already.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    for noisy in (
-        "httpx",
-        "transformers",
-        "sentence_transformers",
-        "faiss.loader",
-        "ContinuousBatchingLogger",
-    ):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    configure_logs(settings.log_level)
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
         import prometheus_client
         from transformers.utils.logging import disable_progress_bar

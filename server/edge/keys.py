@@ -10,7 +10,15 @@ from loramux.server.errors import Forbidden, RequestError, Unauthorized
 
 # Pages and document are the same for everyone; the first page asks for the key itself.
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/openapi.json", "/ready"})
-ADMIN_PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_adapters"})
+ADMIN_PATHS = frozenset(
+    {
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/v1/lora_adapters",
+        "/v1/replicas",
+        "/v1/drain_replica",
+    }
+)
 
 
 class Keys:

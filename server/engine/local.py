@@ -152,6 +152,9 @@ class LocalEngine:
         matcher = await matcher_of(self._grammars, work.grammar)
         self._admit(work)
         sequence = Sequence(work, self._stop_ids(work), asyncio.get_running_loop(), matcher)
+        if (ended := sequence.resume()) is not None:  # its last token came, and the end of it did not
+            yield ended
+            return
         self._sequences[work.id] = sequence
         try:
             self._tell("add", sequence)
@@ -197,7 +200,7 @@ class LocalEngine:
                 f"exceed the context of {self.max_context}"
             )
         waiting = [one.work.sampling.max_tokens for one in self._sequences.values() if not one.started]
-        if len(waiting) >= self._limits.max_waiting:
+        if len(waiting) >= self._limits.max_waiting and work.answered is None:
             raise EngineOverloaded(len(waiting), self._pace.wait_seconds(waiting))
 
     def _stop_ids(self, work: Work) -> frozenset[int]:

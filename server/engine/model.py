@@ -166,3 +166,10 @@ def keep_four_bit_layout(model: torch.nn.Module) -> int:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def eos_ids_of(model: PreTrainedModel) -> list[int]:
+    """The tokens that end an answer of this model."""
+    generation = model.generation_config.eos_token_id if model.generation_config else None
+    eos = model.config.eos_token_id if generation is None else generation
+    return [eos] if isinstance(eos, int) else list(eos or ())

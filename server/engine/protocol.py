@@ -43,6 +43,8 @@ class Work:
 
     `prompt_logprobs` asks for the log-probability of each prompt token with that many alternatives.
     `grammar`, in llguidance's form, is what the answer has to follow: its end is the end of the answer.
+    `answered` makes it go on after these tokens of its answer, which another engine had chosen: it was taken
+    in there, so that no queue is too full for it, and `max_tokens` counts them.
     """
 
     id: str
@@ -51,6 +53,7 @@ class Work:
     adapter: object = None
     prompt_logprobs: int | None = None
     grammar: str | None = None
+    answered: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,8 @@ Event = Started | PromptScored | Token | Finished
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot for `/metrics`; counters only grow. `dead` says why the engine will never step again.
+    """A snapshot for `/metrics`; counters only grow. `dead` says why the engine will never step again,
+    `stalled` why it does not now.
 
     `preemptions` counts sequences that gave their cache back to others and were computed again. The cache has
     `kv_pages` pages of `kv_page_tokens` tokens.
@@ -116,6 +120,12 @@ class EngineStats:
     kv_pages: int = 0
     kv_page_tokens: int = 0
     dead: str | None = None
+    stalled: str | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it steps, or would."""
+        return self.dead is None and self.stalled is None
 
 
 class EngineError(RuntimeError):
@@ -131,6 +141,7 @@ class EngineOverloaded(EngineError):
 
     def __init__(self, waiting: int, retry_after: int = 1) -> None:
         super().__init__(f"the queue is full: {waiting} sequences are waiting")
+        self.waiting = waiting
         self.retry_after = retry_after
 
 

@@ -14,6 +14,7 @@ from loramux.server.engine.protocol import (
     EngineError,
     Event,
     Finished,
+    GrammarError,
     PromptScored,
     Started,
     Token,
@@ -59,7 +60,9 @@ class Sequence:
         if handle is not None and not isinstance(handle, Handle):
             raise EngineError(f"the adapter handle is a {type(handle).__name__}, not one of a residency")
         self.handle = handle
-        self.tokens = list(self.work.prompt)
+        answered = self.work.answered or ()
+        self.tokens = [*self.work.prompt, *answered]
+        self.counts.update(answered)
         seed = self.work.sampling.seed
         self.seed = secrets.randbits(63) if seed is None else seed
 
@@ -79,6 +82,19 @@ class Sequence:
     @property
     def needs_prompt_scores(self) -> bool:
         return self.work.prompt_logprobs is not None and len(self.prompt_scores) < len(self.work.prompt)
+
+    def resume(self) -> Finished | None:
+        """Go to where the grammar is after the tokens that the answer has already; its end, if they reach it.
+
+        Raises:
+            GrammarError: they do not follow the grammar.
+        """
+        for token in self.work.answered or ():
+            if problem := self.follow(token):
+                raise GrammarError(problem)
+        if self.generated and self.matcher is not None and self.matcher.is_stopped():
+            return Finished("stop")
+        return Finished("length") if self.generated >= max(1, self.work.sampling.max_tokens) else None
 
     def start(self, cached_tokens: int) -> list[Event]:
         """The first step that includes this sequence is about to run."""

@@ -16,6 +16,10 @@ class Room:
     name: str
     free: int
 
+    def shared(self, among: int) -> "Room":
+        """What one of several processes may take that start at once."""
+        return self if among == 1 else Room(f"{self.name}, one of {among} shares", self.free // among)
+
 
 def device_room(device: torch.device) -> Room:
     """What is free where the base will be: on the GPU, or on this machine when the device is a CPU."""

@@ -29,6 +29,8 @@ def health_routes(parts: Parts) -> APIRouter:
         refuse_dead()
         if parts.lifecycle.phase is not Phase.READY:
             raise NotReady(f"the server is {parts.lifecycle.phase}")
+        if (reason := parts.engine.stats().stalled) is not None:
+            raise NotReady(reason)
         return JsonAnswer({"status": "ready"})
 
     @router.get("/version")

@@ -49,7 +49,9 @@ def test_every_route_is_documented() -> None:
 
 
 class _NoResidency:
-    capacity_bytes = used_bytes = pinned_bytes = host_bytes = blends = hits = misses = evictions = 0
+    capacity_bytes = used_bytes = pinned_bytes = host_bytes = blends = hits = misses = evictions = (
+        moved_bytes
+    ) = 0
 
 
 def names(registry: CollectorRegistry) -> set[str]:

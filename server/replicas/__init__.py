@@ -1,0 +1,2 @@
+"""An edge process and engine processes behind it: what passes between them, and what the edge does with
+them."""
