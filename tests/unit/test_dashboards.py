@@ -29,6 +29,7 @@ def promtool(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 class _NoResidency:
     capacity_bytes = used_bytes = pinned_bytes = host_bytes = blends = hits = misses = evictions = 0
+    moved_bytes = 0
 
 
 def labels_by_sample() -> dict[str, set[str]]:
