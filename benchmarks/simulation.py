@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=0.6, help="of what the fleet could serve")
     parser.add_argument("--seconds", type=float, default=60, help="simulated; the first third warms up")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON there, and a plot beside it")
+    parser.add_argument(
+        "--save", type=Path, metavar="FILE", help="write the JSON there, and a plot beside it"
+    )
     given = parser.parse_args()
     runs = [
         run(given.machine, replicas, given.room, given.load, given.seconds, given.seed)

@@ -109,6 +109,7 @@ class Replica:
         done = self._number
         if not self._is_prompt and self._each:
             done += min(self._count, int((now - self._from) / self._each))
+        self.tokens += (done - self._number) * len(self._running)
         begun = [
             Sequence(one.request, one.prompt + one.answer - (last - done), last - done)
             for last, _, one in self._running

@@ -57,7 +57,9 @@ class Outcome:
 class Simulation:
     """Events in the order of their time; of equal times the one that was planned first."""
 
-    def __init__(self, fleet: Fleet, traffic: Traffic, placement: Placement, loss: Loss | None = None) -> None:
+    def __init__(
+        self, fleet: Fleet, traffic: Traffic, placement: Placement, loss: Loss | None = None
+    ) -> None:
         self._fleet, self._traffic, self._placement, self._loss = fleet, traffic, placement, loss
         self._replicas = [Replica(fleet.steps, fleet.room) for _ in range(fleet.replicas)]
         self._alive = np.arange(fleet.replicas)
@@ -176,7 +178,9 @@ def percentiles(values: Numbers) -> dict[str, float]:
     if not len(found):
         return {}
     marks = np.percentile(found, [50, 95, 99, 99.9]) * 1e3
-    return {f"p{mark:g}_ms": round(float(value), 2) for mark, value in zip((50, 95, 99, 99.9), marks, strict=True)}
+    return {
+        f"p{mark:g}_ms": round(float(value), 2) for mark, value in zip((50, 95, 99, 99.9), marks, strict=True)
+    }
 
 
 def summary(outcome: Outcome, fleet: Fleet, since: float, parts: int) -> dict[str, Any]:
