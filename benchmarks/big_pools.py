@@ -1,9 +1,9 @@
 """`python benchmarks/big_pools.py`: pools of 10 to 10,000 experts on the tests' base of 6.8 M parameters.
 
 For each size: start, memory, routing with one and with 16 callers, `/v1/models` and `/metrics`, and the
-throughput of 16 requests at a time with blends drawn by Zipf's law and uniformly, over experts of which only some
-fit, as a share of the bare base's in the same run. Each size has a process of its own, so that memory is its
-own. Before anything is timed, a served answer's blend is compared with the sum of its experts. The last line
+throughput of 16 requests at a time with blends drawn by Zipf's law and uniformly, over experts of which only
+some fit, as a share of the bare base's in the same run. Each size has a process of its own, so that memory is
+its own. Before anything is timed, resident blends are compared with the sums of their experts. The last line
 of stdout is one JSON object.
 """
 
@@ -68,8 +68,6 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
 async def _serve(parts: "Parts", pool: "BigPool") -> dict[str, Any]:
     import numpy as np
 
-    from benchmarks.latency import percentile
-
     generator = np.random.default_rng(0)
     await parts.engine.start()
     found: dict[str, Any] = {}
@@ -78,7 +76,9 @@ async def _serve(parts: "Parts", pool: "BigPool") -> dict[str, Any]:
         for callers in (1, CALLERS):
             await _decide(parts, pool, generator, callers, 4)
             seconds = await _decide(parts, pool, generator, callers, 160 // callers + 20)
-            found[f"route_ms_{callers}"] = {f"p{p}": round(1e3 * percentile(seconds, p), 3) for p in (50, 95)}
+            found[f"route_ms_{callers}"] = {
+                f"p{p}": round(1e3 * float(np.percentile(seconds, p)), 3) for p in (50, 95)
+            }
         found["models_ms"], found["models_kib"] = _timed(lambda: json.dumps(parts.catalog.cards()))
         found["metrics_ms"], found["metrics_kib"] = _timed(lambda: parts.metrics.render().decode())
         found["traffic"] = await _traffic(parts, generator)
@@ -113,7 +113,7 @@ async def _check(parts: "Parts", pool: "BigPool") -> None:
         async with parts.residency.lease(blend) as lease:
             assert lease.handle is not None
             slot: Any = lease.handle.slot
-            arena = parts.residency._arena  # noqa: SLF001 - what is compared is what lies there
+            arena = parts.residency._arena
             module = "model.layers.3.mlp.up_proj"
             rows = torch.cat([torch.arange(lo, hi) for lo, hi in slot.extents])
             served = (arena.b[module][rows].double() * slot.gate[:, None].double()).T @ arena.a[module][
@@ -291,7 +291,7 @@ def main() -> None:
 
     runs = []
     for size in given.sizes:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603 - this file, once more
             [sys.executable, __file__, "--one", str(size)], check=True, capture_output=True, text=True
         )
         runs.append(json.loads(done.stdout.splitlines()[-1]))

@@ -67,10 +67,10 @@ def main() -> None:
     ]
     text = json.dumps({"benchmark": "simulation of a fleet", "runs": runs}, indent=1)
     if given.save:
-        from benchmarks import plot
+        from benchmarks.fleet import drawing
 
         given.save.write_text(text + "\n")
-        given.save.with_suffix(".svg").write_text(plot.fleet(runs))
+        given.save.with_suffix(".svg").write_text(drawing.fleet(runs))
     print(text)
 
 

@@ -13,6 +13,8 @@ from loramux.server.leases import ExpertStore, SparseStore
 
 #: The tiers as vLLM calls them; `gpu` is the device that computes, whichever that is.
 DEVICE, HOST = "gpu", "cpu"
+#: Experts that have series of their own; of a larger pool those on the device come first.
+MAX_EXPERTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,8 @@ def expert_stats(residency: ExpertStore, shelf: SparseStore, gains: Mapping[str,
 
 class ExpertCollector(Collector):
     """The names are vLLM's, where it has one: schedulers before several servers send a request by them to one
-    that has its expert. There are as many label values as experts are loaded."""
+    that has its expert. At most `MAX_EXPERTS` experts are named, those on the device first, which is what a
+    scheduler asks for; the numbers of experts count them all."""
 
     def __init__(self, base: str, stats: Callable[[], ExpertStats], live: Mapping[str, Job]) -> None:
         self._base = base
@@ -70,7 +73,7 @@ class ExpertCollector(Collector):
             "Loss of the base less the expert's, on held-out rows of its domain.",
             labels=("expert",),
         )
-        for name, place in stats.places.items():
+        for name, place in _shown(stats):
             if place.gain is not None:
                 gains.add_metric((name,), place.gain)
         yield gains
@@ -81,7 +84,7 @@ class ExpertCollector(Collector):
             "Experts and sparse models by where they are.",
             labels=("adapter_name", "level", "pinned", "rank"),
         )
-        for name, place in stats.places.items():
+        for name, place in _shown(stats):
             level = DEVICE if place.resident else HOST
             loaded.add_metric((name, level, str(place.kept).lower(), str(place.rank)), 1)
         yield loaded
@@ -108,3 +111,11 @@ class ExpertCollector(Collector):
         )
         info.add_metric((str(stats.room), ",".join(sorted(running)), ",".join(sorted(waiting))), time.time())
         return info
+
+
+def _shown(stats: ExpertStats) -> list[tuple[str, ExpertPlace]]:
+    """The experts that are named, in the order in which they were loaded but for those on the device."""
+    places = list(stats.places.items())
+    if len(places) > MAX_EXPERTS:
+        places = sorted(places, key=lambda item: (not item[1].kept, not item[1].resident))[:MAX_EXPERTS]
+    return places

@@ -54,7 +54,8 @@ def fleet(runs: Sequence[Mapping[str, Any]]) -> str:
             y = TOP + row * block + place * STEP + 11
             if row == 0:
                 parts.append(
-                    f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end" fill="{FAINT}" font-size="11">{name}</text>'
+                    f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end" fill="{FAINT}" '
+                    f'font-size="11">{name}</text>'
                 )
     return "\n".join([*parts, "</svg>", ""])
 

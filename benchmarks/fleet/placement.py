@@ -1,7 +1,7 @@
 """Which replica a request goes to, for all replicas at once.
 
-`affinity` is the rule of `loramux.server.replicas.placement.Affinity` over arrays; a test holds the two to the
-same choices. The others are what it is compared with.
+`affinity` is the rule of `loramux.server.replicas.placement.Affinity` over arrays; a test holds the two to
+the same choices. The others are what it is compared with.
 """
 
 from collections.abc import Callable

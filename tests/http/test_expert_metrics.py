@@ -9,7 +9,13 @@ from loramux.adapters.arena import Arena
 from loramux.adapters.blend import Blend
 from loramux.adapters.residency import Residency
 from loramux.adapters.sparse.shelf import Shelf
-from loramux.server.expert_metrics import ExpertPlace, ExpertStats, expert_stats
+from loramux.server.expert_metrics import (
+    MAX_EXPERTS,
+    ExpertCollector,
+    ExpertPlace,
+    ExpertStats,
+    expert_stats,
+)
 from tests.http.serving import BASE, SHAPES, Tray, expert, serving, sparse_model
 
 
@@ -65,3 +71,15 @@ def test_loads_are_counted_by_how_they_ended(tmp_path: Path, folder: str, outcom
         }
         assert counts == {"loaded": 0, "refused": 0} | {outcome: 1}
         assert served.metric("loramux_adapter_load_seconds_count") == counts["loaded"]
+
+
+def test_a_large_pool_names_those_on_the_device_and_counts_all() -> None:
+    places = {f"e{n}": ExpertPlace(4, resident=n >= 900, gain=0.5) for n in range(1000)}
+    places["coe"] = ExpertPlace(4, resident=True, kept=True)
+    families = {one.name: one for one in ExpertCollector("base", lambda: ExpertStats(places, 100), {}).collect()}
+    named = [sample.labels["adapter_name"] for sample in families["vllm:lora_adapter_loaded"].samples]
+    assert len(named) == MAX_EXPERTS
+    assert {"coe", *(f"e{n}" for n in range(900, 1000))} <= set(named)
+    assert len(families["loramux_expert_gain_nats"].samples) == MAX_EXPERTS - 1
+    assert families["vllm:num_gpu_loaded_lora_adapters"].samples[0].value == 101
+    assert families["vllm:num_cpu_loaded_lora_adapters"].samples[0].value == 900

@@ -6,7 +6,6 @@ Times are of this thread's processor, with several times what a quiet machine ta
 import asyncio
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
