@@ -165,12 +165,12 @@ class LoraAdapter:
         """Module path -> rank."""
         return {module: stack.rank for stack in self.stacks for module in stack.modules}
 
-    @property
+    @cached_property
     def max_rank(self) -> int:
         """Largest rank of any module; 0 for an adapter without modules."""
         return max((stack.rank for stack in self.stacks), default=0)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes held by all factors."""
         return sum(stack.a.nbytes + stack.bt.nbytes for stack in self.stacks)

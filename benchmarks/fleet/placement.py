@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 #: No replica gets more than this many times the mean load, and one sequence more (as the product has it).
-BOUND = 1.25
+BOUND = 1.5
 #: (key of a blend or session, replicas) -> whose turn it is; the least comes first
 Turn = Callable[[int, Ints], npt.NDArray[np.uint64]]
 
@@ -31,6 +31,8 @@ class Placement:
 
     def __init__(self, name: str, seed: int, turn: Turn = mixed) -> None:
         self.name = name
+        #: Whether the rule looks at what would have to be copied.
+        self.reads_residents = name == "affinity"
         self._turn = turn
         self._generator = np.random.default_rng([seed, 2])
         self._choose = {

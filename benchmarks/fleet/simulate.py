@@ -66,6 +66,7 @@ class Simulation:
         self._loads = np.zeros(fleet.replicas, np.int64)
         experts = int(traffic.experts.max()) + 1
         self._resident = np.zeros((experts, fleet.replicas), np.int8)
+        self._none = np.zeros(fleet.replicas, np.int64)
         self._events: list[tuple[float, int, int, Sequence | None]] = []
         self._planned = 0
         self._copying: list[dict[int, Sequence]] = [{} for _ in range(fleet.replicas)]
@@ -112,7 +113,9 @@ class Simulation:
         """Choose a replica, and begin to copy in what it lacks: one expert after another."""
         request = sequence.request
         experts = self._traffic.experts[request]
-        missing = len(experts) - self._resident[experts].sum(axis=0, dtype=np.int64)
+        missing = self._none
+        if self._placement.reads_residents:
+            missing = len(experts) - self._resident[experts].sum(axis=0, dtype=np.int64)
         blend, session = int(self._traffic.blend[request]), int(self._traffic.session[request])
         alive = self._alive
         number = self._placement.choose(alive, self._loads[alive], missing[alive], blend, session)
