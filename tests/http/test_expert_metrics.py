@@ -76,7 +76,9 @@ def test_loads_are_counted_by_how_they_ended(tmp_path: Path, folder: str, outcom
 def test_a_large_pool_names_those_on_the_device_and_counts_all() -> None:
     places = {f"e{n}": ExpertPlace(4, resident=n >= 900, gain=0.5) for n in range(1000)}
     places["coe"] = ExpertPlace(4, resident=True, kept=True)
-    families = {one.name: one for one in ExpertCollector("base", lambda: ExpertStats(places, 100), {}).collect()}
+    families = {
+        one.name: one for one in ExpertCollector("base", lambda: ExpertStats(places, 100), {}).collect()
+    }
     named = [sample.labels["adapter_name"] for sample in families["vllm:lora_adapter_loaded"].samples]
     assert len(named) == MAX_EXPERTS
     assert {"coe", *(f"e{n}" for n in range(900, 1000))} <= set(named)
