@@ -178,8 +178,8 @@ async def _traffic(parts: "Parts", generator: "np.random.Generator") -> dict[str
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     loop: dict[str, list[float]] = {kind: [] for kind in kinds}
     over = 0
-    for round in range(ROUNDS):
-        for kind in kinds[:: -1 if round % 2 else 1]:
+    for turn in range(ROUNDS):
+        for kind in kinds[:: -1 if turn % 2 else 1]:
             asked, worked = drawn(kind), time.thread_time()
             rate = await _loops(parts, asked)
             rates[kind].append(rate)

@@ -65,7 +65,7 @@ class Replica:
         self._waiting.append(sequence)
         if self.wake == INFINITE:
             self.wake = now
-        elif not self._is_prompt and len(self._running) < self._steps.max_running:
+        elif self._count and not self._is_prompt and len(self._running) < self._steps.max_running:
             done = min(self._count, max(1, math.ceil((now - self._from) / self._each - 1e-9)))
             self._count, self.wake = done, self._from + done * self._each
 

@@ -52,9 +52,11 @@ def test_a_queue_of_equal_services_waits_as_long_as_the_formula_says(load: float
     traffic = some_traffic(3, load / service, 500.0, answer=1.0, prompt=1.0)
     outcome = run(traffic, 1, room=60, decode=(0.0, 0.01), prefill=service, prefill_token=0.0, copy_rate=1e15)
     waits = outcome.first - service
-    expected = load * service / (2 * (1 - load))
-    assert waits.min() >= -1e-9
-    assert waits.mean() == pytest.approx(expected, rel=0.08)
+    exact = [0.0]  # Lindley's recursion, of these very arrivals
+    for gap in np.diff(traffic.at):
+        exact.append(max(0.0, exact[-1] + service - gap))
+    np.testing.assert_allclose(waits, exact, atol=1e-6)
+    assert waits.mean() == pytest.approx(load * service / (2 * (1 - load)), rel=0.15)
 
 
 def test_experts_are_found_resident_as_often_as_che_says() -> None:
@@ -121,6 +123,15 @@ def test_stretches_of_steps_are_the_steps_one_by_one(rate: float) -> None:
     arrivals = list(zip(traffic.at.tolist(), traffic.prompt.tolist(), traffic.answer.tolist(), strict=True))
     plain = Plain(steps()).first_tokens(arrivals)
     np.testing.assert_allclose(outcome.first, plain, atol=1e-5)
+
+
+def test_sequences_that_come_at_the_same_moment_were_once_divided_by_nothing() -> None:
+    replica = replicas.Replica(steps(), 4)
+    for number in range(3):
+        replica.put(replicas.Sequence(number, 10, 3), 1.0)
+    assert replica.wake == 1.0
+    assert replica.step() == ([], [])
+    assert [one.request for one in replica.step()[0]] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("name", placing.PLACEMENTS)
