@@ -4,11 +4,12 @@ Importing this package loads numpy only; FAISS, tokenizers and torch come with t
 """
 
 from .classifier import Classifier, LinearClassifier, TransformerClassifier
-from .decision import MAX_TOP_M, STRATEGIES, Candidate, Decision, RoutingOptions, RoutingPlan, Strategy
+from .decision import MAX_TOP_M, STRATEGIES, Decision, RoutingOptions, RoutingPlan, Strategy
 from .encoder import Encoded, Encoder, EncoderSpec
 from .errors import RouterError, RouterFileError, RoutingExamplesError, RoutingOptionsError
 from .joining import Joined
 from .policy import POLICIES, Policy
+from .ranked import Candidate
 from .router import DEFAULTS, Router, ScoreRow, ScoreTable
 from .service import RoutingService, ServiceStats
 from .state import Calibration, RouterState, Samples

@@ -134,7 +134,7 @@ class Ranked(Sequence[Candidate]):
         return result
 
     def _candidate(self, rank: int, place: np.int64) -> Candidate:
-        name = self._names[place]
+        name = self._names[int(place)]
         assert name is not None
         probability = None if self._probability is None else float(self._probability[place])
         weight = self._weights[rank] if rank < len(self._weights) else 0.0
