@@ -88,9 +88,10 @@ class DecodeStack:
                 linear = layer.get_submodule(path)
             except AttributeError:
                 raise UnfitError(f"its layers have no {path}") from None
-            native = linear.native if isinstance(linear, StoredLinear) else None
-            if native is None or linear.in_features % packed_linear.BLOCK:
-                raise UnfitError(f"{path} is not stored in whole blocks")
+            if not isinstance(linear, StoredLinear) or (native := linear.native) is None:
+                raise UnfitError(f"{path} is not stored")
+            if linear.in_features % packed_linear.BLOCK:
+                raise UnfitError(f"rows of {path} are no whole blocks")
             made.projections[place] = Projection(native.address, native.rows, native.serial)
             widths += [linear.in_features, linear.out_features]
             self._modules.append(names[id(linear)])
