@@ -1,8 +1,10 @@
 """The memory on the device that resident adapters share: rows of stacked low-rank factors, one pair a
 module."""
 
+import mmap
 import threading
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -50,8 +52,8 @@ class Arena:
         for (n_out, n_in), modules in members.items():
             self._groups[n_out, n_in] = _Group(
                 {module: place for place, module in enumerate(modules)},
-                torch.zeros(len(modules), rows, n_in, dtype=dtype, device=device),
-                torch.zeros(len(modules), rows, n_out, dtype=dtype, device=device),
+                _zeros((len(modules), rows, n_in), dtype, self.device),
+                _zeros((len(modules), rows, n_out), dtype, self.device),
             )
         self.a: dict[str, Tensor] = {}
         self.b: dict[str, Tensor] = {}
@@ -133,6 +135,15 @@ class Arena:
                 for lo, hi in extents:
                     group.a[places, lo:hi] = 0
                     group.b[places, lo:hi] = 0
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On a CPU, memory that the system gives out page by page as it is written: rows that nobody has taken
+    yet cost nothing."""
+    nbytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not nbytes:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(shape)
 
 
 def _runs(places: Sequence[int]) -> Iterator[tuple[slice, slice]]:

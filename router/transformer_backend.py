@@ -38,15 +38,9 @@ class TransformerBackend:
 
     def __init__(self, files: EncoderFiles, max_tokens: int, device: str) -> None:
         """Raises RouterFileError when transformers cannot load the model."""
-        from transformers import AutoModel
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # it is there in a moment
         folder = files.weights_dir
         try:
-            model = AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32"
-            )
+            model = _load(folder)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise RouterFileError(folder, "", f"transformers cannot load it: {error}") from None
         self._model = model.eval().to(device)
@@ -102,6 +96,38 @@ class TransformerBackend:
                 pooled = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
         result: Vectors = pooled.cpu().numpy()
         return result
+
+
+def _load(folder: Path) -> Any:
+    """The model of a folder, in float32.
+
+    A file that has the model's own names is read into it. `from_pretrained`, which knows other names as well,
+    makes the model on the meta device, for which torch loads its compiler: most of what this takes.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModel
+    from transformers.initialization import no_init_weights
+    from transformers.utils.logging import disable_progress_bar
+
+    file = folder / "model.safetensors"
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if file.is_file() and getattr(config, "quantization_config", None) is None:
+        with no_init_weights():
+            model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        try:
+            stored = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(str(error)) from None
+        weights = {name: tensor.float() for name, tensor in stored.items() if tensor.is_floating_point()}
+        if weights.keys() == dict(model.named_parameters()).keys():
+            model.load_state_dict(weights, strict=False, assign=True)
+            return model
+    disable_progress_bar()  # it is there in a moment
+    return AutoModel.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32"
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from loramux.server.counterfactuals import Counterfactuals
 from loramux.server.engine.gguf.weights import GgufWeights
 from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.local import EngineLimits, LocalEngine
-from loramux.server.engine.model import BaseModelError, eos_ids_of, load_base
+from loramux.server.engine.model import BaseModelError, empty_base, eos_ids_of, load_base
 from loramux.server.engine.protocol import Engine
 from loramux.server.engine.runner import logits_width
 from loramux.server.engine.weights import prepare
@@ -310,12 +310,15 @@ def load_model(
     """
     kinds = target.kinds
     try:
-        model = load_base(
-            location,
-            dtype=target.dtype_name if kinds is None else "stored" if weights is None else "float16",
-            quantization="none" if kinds is not None else target.quantization,
-            device=str(target.device),
-        )
+        if weights is not None and kinds is not None:
+            model = empty_base(location)
+        else:
+            model = load_base(
+                location,
+                dtype=target.dtype_name if kinds is None else "stored",
+                quantization="none" if kinds is not None else target.quantization,
+                device=str(target.device),
+            )
     except BaseModelError as error:
         raise StartError(str(error)) from None
     if target.why:

@@ -50,9 +50,8 @@ async def compare_answers(ours: GgufServer, theirs: GgufServer) -> dict[str, str
     for kind in ("base", "adapters", "blends"):
         pairs = []
         for question, mixtures in asked:
-            one, other = (
-                Said.of(await engine.say(question, mixtures[kind], TOKENS)) for engine in (ours, theirs)
-            )
+            one = Said.of(await ours.say(question, mixtures[kind], TOKENS))
+            other = Said.of(await theirs.say(question, mixtures[kind], TOKENS))
             if one.prompt_tokens != other.prompt_tokens:
                 raise WrongAnswerError(
                     f"{question!r} is {one.prompt_tokens} tokens for {ours.label}, {other.prompt_tokens} for "

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,24 +83,40 @@ def make_gguf_files(cache: Path, llama_cpp: Path | None) -> GgufFiles:
     assert base.gguf is not None
     folder, made = Path(base.folder), cache / "gguf"
     made.mkdir(parents=True, exist_ok=True)
-    loras = {}
+    loras: dict[str, Path] = {}
+    missing: list[tuple[Path, Path]] = []
     for expert in pool.manifest.experts if llama_cpp is not None else ():
         source = pool.expert_dir(expert)
         digest = hashlib.sha256((source / "adapter_model.safetensors").read_bytes()).hexdigest()
         loras[expert.id] = made / f"{expert.id}-{digest[:12]}.gguf"
-        if llama_cpp is not None and not loras[expert.id].is_file():
-            _convert(llama_cpp, folder, source, loras[expert.id])
+        if not loras[expert.id].is_file():
+            missing.append((source, loras[expert.id]))
+    if llama_cpp is not None and missing:
+        _convert(llama_cpp, folder, missing)
     return GgufFiles(pool, base.gguf, folder, _in_bfloat16(base, made), loras)
 
 
-def _convert(llama_cpp: Path, base: Path, adapter: Path, target: Path) -> None:
-    """One adapter; the script takes the shapes from the base's config, and writes float32, its default."""
-    partial = target.with_suffix(".partial")
+#: The script once for each adapter, in one process: most of its time is imports.
+_CONVERT = """
+import runpy, sys
+script, base, *files = sys.argv[1:]
+sys.path.insert(0, script.rpartition("/")[0])
+for adapter, target in zip(files[::2], files[1::2], strict=True):
+    sys.argv = [script, "--base", base, "--outfile", target, adapter]
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+def _convert(llama_cpp: Path, base: Path, adapters: Sequence[tuple[Path, Path]]) -> None:
+    """Folders to files; the script takes shapes from the base's config, and writes float32 by default."""
     script = llama_cpp / "convert_lora_to_gguf.py"
-    command = [sys.executable, script, "--base", base, "--outfile", partial, adapter]
+    partial = [(source, target.with_suffix(".partial")) for source, target in adapters]
+    files = [file for pair in partial for file in pair]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", _CONVERT, script, base, *files]
     subprocess.run(command, check=True, capture_output=True, env=environment)  # noqa: S603
-    partial.rename(target)
+    for _, target in adapters:
+        target.with_suffix(".partial").rename(target)
 
 
 def _in_bfloat16(base: BaseFiles, made: Path) -> Path:

@@ -1,16 +1,20 @@
 """The base model: loaded from local safetensors, in 4 bits where asked, frozen."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 
 LARGE = 2**30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -18,6 +22,33 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class BaseModelError(ValueError):
     """The base model cannot be loaded; the message names the directory and the reason."""
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A model on the meta device, of the config's dtype or another: shapes and ties without numbers. No code
+    of the checkpoint runs.
+
+    Only what makes parameters is on that device: for initial values, and for the angles of rotary embeddings,
+    torch would load its compiler there, which takes as long as all the rest.
+    """
+    with _OnMeta(), no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=False
+        )
+    model.tie_weights()
+    return model
+
+
+class _OnMeta(TorchFunctionMode):
+    """New tensors on the meta device, where they are empty or full of one number."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.ones, torch.zeros) and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -116,6 +147,22 @@ def load_base(
         )
     if getattr(model, "is_loaded_in_4bit", False):
         keep_four_bit_layout(model)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def empty_base(path: str | Path) -> PreTrainedModel:
+    """A base for serving in float32, whose weights are still to be given to it; its buffers are there.
+
+    Raises:
+        BaseModelError: a file is missing or damaged.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        model = skeleton(config, torch.float32)
+        model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"base model {path}: {_first_line(error)}") from error
     model.requires_grad_(False)
     return model.eval()
 

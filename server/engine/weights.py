@@ -95,7 +95,7 @@ def prepare(
     """Give a loaded, frozen base its weights as chosen, and on a CPU the fewest calls a step.
 
     Args:
-        model: loaded.
+        model: loaded; with `weights`, empty will do.
         device: where it is.
         dtype: what it computes in.
         kinds: how matrices are held, where that is not `dtype`.
@@ -119,9 +119,15 @@ def _packed(weights: GgufWeights, path: str) -> Packed:
 
 
 def _restore(model: nn.Module, kinds: Kinds, weights: GgufWeights) -> None:
-    """Give what is not stored (norms, biases, matrices in float32) its values in float32: 16 bits, in which
-    the model was loaded, do not hold them."""
-    stored = {f"{place.path}.weight" for place in storable(model, kinds)}
-    for name, parameter in model.named_parameters():
-        if name not in stored:
-            parameter.data = weights.value(name, torch.float32)
+    """Give an empty model what does not stay in blocks: norms, biases and matrices in float32 as such, which
+    16 bits do not hold, and matrices that are decoded in 16 bits."""
+    stored = {f"{place.path}.weight": place.path in kinds.given for place in storable(model, kinds)}
+    made: dict[int, nn.Parameter] = {}  # a tied weight is made once
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if stored.get(name, False):
+            continue
+        if id(parameter) not in made:
+            value = weights.value(name, torch.float16 if name in stored else torch.float32)
+            made[id(parameter)] = nn.Parameter(value, requires_grad=False)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, made[id(parameter)])

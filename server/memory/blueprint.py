@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import cached_file
@@ -24,6 +24,7 @@ from loramux.server.engine.model import (
     resolve_device,
     resolve_dtype,
     resolve_quantization,
+    skeleton,
     weight_bytes,
     worth_keeping,
 )
@@ -73,8 +74,7 @@ class Blueprint:
         """
         try:
             config = AutoConfig.from_pretrained(location, local_files_only=True, trust_remote_code=False)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = skeleton(config)
             context_of(config)
         except (OSError, ValueError, KeyError, ImportError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,10 +14,11 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from loramux.server.engine.gguf.container import GgufError, GgufFile
 from loramux.server.engine.gguf.families import ROPE_TENSORS, Family, config_of, family_of
+from loramux.server.engine.model import skeleton
 
 #: Types that are numbers already and stay what they are.
 _PLAIN = {
@@ -171,8 +172,7 @@ class GgufWeights:
                 name = next(info.name for info in self._file.tensors.values() if info.type is kind)
                 raise GgufError(f"{path}: tensor {name} is {kind.name}, which cannot be decoded") from None
         try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+            model = skeleton(self.config)
         except (ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError) as error:
             reason = " ".join(str(error).split())
             raise GgufError(f"{path}: its metadata make no model: {reason}") from None
