@@ -31,10 +31,9 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreT
     Only what makes parameters is on that device: for initial values, and for the angles of rotary embeddings,
     torch would load its compiler there, which takes as long as all the rest.
     """
+    chosen = {} if dtype is None else {"dtype": dtype}
     with _OnMeta(), no_init_weights():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=False
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **chosen)
     model.tie_weights()
     return model
 
