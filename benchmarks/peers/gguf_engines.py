@@ -59,6 +59,10 @@ class GgufServer(Server):
     def log(self) -> Path:
         return self.cache / "logs" / f"gguf-{self.label.replace(' ', '-')}.log"
 
+    @property
+    def url(self) -> str:
+        return self._url
+
     def held(self) -> Held:
         assert self._process is not None
         return Held.by(self._process.pid)
@@ -110,7 +114,7 @@ class LoramuxGguf(GgufServer):
     """loramux with the pool that ships; `dtype` says which weights.
 
     `file`: as shipped, the blocks of the file. `float32`: the numbers that they stand for. `bfloat16`: those
-    numbers rounded to bfloat16, a checkpoint that is left as it is.
+    numbers rounded to bfloat16, a checkpoint that is left as it is; `bfloat16 widened`: to float32.
     """
 
     name = "loramux"
@@ -134,6 +138,7 @@ class LoramuxGguf(GgufServer):
             "file": [],
             "float32": ["--dtype", "float32"],
             "bfloat16": ["--base", self.files.bfloat16],
+            "bfloat16 widened": ["--base", self.files.bfloat16, "--dtype", "float32"],
         }
         serve = [self.python.with_name("loramux"), "serve", "--port", str(port)]
         return [*serve, *weights[self.dtype]]

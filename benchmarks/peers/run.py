@@ -1,5 +1,5 @@
 """`python benchmarks/peers/run.py`: loramux beside its peers (compare.py), and with `gguf` as the first word
-beside llama.cpp on the pool that ships (gguf_compare.py)."""
+beside llama.cpp on the pool that ships (gguf_compare.py), with `answers` beside itself (gguf_answers.py)."""
 
 import runpy
 import sys
@@ -12,6 +12,10 @@ if __name__ == "__main__":
         from benchmarks.peers.gguf_compare import main as compare_gguf
 
         compare_gguf(sys.argv[2:])
+    elif sys.argv[1:2] == ["answers"]:
+        from benchmarks.peers.gguf_answers import main as compare_answers
+
+        compare_answers(sys.argv[2:])
     else:
         from benchmarks.peers.compare import main
 

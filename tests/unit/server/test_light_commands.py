@@ -71,3 +71,31 @@ def test_mistakes_are_known_without_the_engine() -> None:
         ["doctor", "--set", "port=-1"],
     ]
     assert codes_without(HEAVY, *usage, *failures) == [2] * len(usage) + [1] * len(failures)
+
+
+def test_a_start_once_loaded_the_compiler_the_distributed_tensors_and_scipy() -> None:
+    script = """
+import sys
+from loramux.server.light_imports import import_transformers
+import_transformers()
+import torch
+import loramux.server.app
+import loramux.server.build
+from transformers import LlamaConfig
+from loramux.server.engine.model import skeleton
+config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, vocab_size=9,
+    num_attention_heads=2)
+assert skeleton(config).lm_head.weight.is_meta
+heavy = {"torch._dynamo", "sympy", "scipy", "torch.distributed.tensor", "sentence_transformers", "sklearn"}
+assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+# What was left out is there for those who ask for it.
+assert torch.compiler.disable(len) is not len
+assert torch.distributed.is_available() and torch._dynamo.__file__
+from transformers import masking_utils
+with masking_utils.TransformGetItemToIndex():
+    pass
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
