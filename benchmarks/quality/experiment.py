@@ -20,11 +20,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.quality import made
+from benchmarks.quality.intervals import Results
 from benchmarks.quality.measure import cell_file, identity, measure
 from benchmarks.quality.plot import losses_plot
 from benchmarks.quality.report import DOCUMENT, collect, put_tables, results_file, save
 from benchmarks.quality.setting import Cell, Model, Setting, load
-from benchmarks.quality.intervals import Results
 from benchmarks.quality.texts import TestSet, test_set
 from benchmarks.quality.training import Trainer
 
@@ -32,7 +32,8 @@ from benchmarks.quality.training import Trainer
 def run(setting: Setting, data: Path, out: Path, *, minutes: float | None = None) -> bool:
     """Train and measure whatever is not there yet; whether everything is.
 
-    Phase by phase, seed by seed, models in the order of the setting, so that what is finished first is comparable.
+    Phase by phase, seed by seed, models in the order of the setting: what is finished first is
+    comparable.
     """
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(setting, data, out)

@@ -80,9 +80,7 @@ class Gate:
         None where the cell has no answer: an oracle needs the row's own answer to know its cluster.
         """
         if cell.gating == "each":
-            return {
-                f"{cell.name}/{id}": [self._of([(id, 1.0)], cell)] * len(items) for id in self.ids
-            }
+            return {f"{cell.name}/{id}": [self._of([(id, 1.0)], cell)] * len(items) for id in self.ids}
         return {cell.name: self._one(cell, items)}
 
     def _one(self, cell: Cell, items: Sequence[Item]) -> list[Chosen | None]:
@@ -94,7 +92,10 @@ class Gate:
             case "average":
                 return [self._of([(id, 1 / len(self.ids)) for id in self.ids], cell)] * len(items)
             case "random":
-                return [self._of([(self.ids[_number(item.id, self._seed) % len(self.ids)], 1.0)], cell) for item in items]
+                return [
+                    self._of([(self.ids[_number(item.id, self._seed) % len(self.ids)], 1.0)], cell)
+                    for item in items
+                ]
             case "oracle":
                 own = self.own(items)
                 return [None if one is None else self._of([(one, 1.0)], cell) for one in own]
@@ -109,7 +110,10 @@ class Gate:
                 return self._routed(cell, items, self.router, RoutingOptions())
         strategy, tuned = ROUTED[cell.gating]
         options = RoutingOptions(
-            strategy=strategy, top_m=cell.top_m, policy=cell.policy, threshold=-1.0  # type: ignore[arg-type]
+            strategy=strategy,
+            top_m=cell.top_m,
+            policy=cell.policy,
+            threshold=-1.0,  # type: ignore[arg-type]
         )
         return self._routed(cell, items, self.fine_tuned if tuned else self.router, options)
 
@@ -131,7 +135,7 @@ class Gate:
         return Chosen(blend, sum(part.weight for part in blend.parts), weighted[0][0] if weighted else None)
 
     def own(self, items: Sequence[Item]) -> list[str | None]:
-        """The expert of the cluster that an item would have been in, by text and answer; None of questions."""
+        """The expert of the cluster that an item would be in, by text and answer; None of questions."""
         rows = [item for item in items if isinstance(item, AnswerItem)]
         if len(self.ids) == 1 or not rows:
             return [self.ids[0] if isinstance(item, AnswerItem) else None for item in items]
@@ -168,4 +172,3 @@ def _pairs(encoder: Encoder, rows: Sequence[Any]) -> npt.NDArray[np.float32]:
 
 def _number(text: str, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {text}".encode()).digest()[:4], "big")
-

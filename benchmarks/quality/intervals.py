@@ -66,7 +66,7 @@ class Measured:
         return (float(np.mean(asked)), len(asked) // len(self.seeds)) if asked else None
 
     def choice(self, benchmark: str | None, which: int) -> tuple[float, int] | None:
-        """acc (0) or acc_norm (1) of a benchmark, or of all with equal weight, and the number of questions."""
+        """acc (0) or acc_norm (1) of a benchmark, or of all with equal weight, and how many questions."""
         shares, count = [], 0
         for seed in self.seeds:
             asked = self.records[seed].get("choices") or {}

@@ -140,8 +140,7 @@ def _numbers(
     expert is that of the cluster they would have been in."""
     numbers: dict[str, Any] = {
         "rows": {
-            domain: [_row(found[system, item.id]) for item in group]
-            for domain, group in tests.rows.items()
+            domain: [_row(found[system, item.id]) for item in group] for domain, group in tests.rows.items()
         }
     }
     if cell.choices:

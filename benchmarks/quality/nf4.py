@@ -1,7 +1,7 @@
-"""A base in NF4, for training and for serving: its linear weights as bitsandbytes quantises them, written out.
+"""A base in NF4, for training and for serving: linear weights with the values that bitsandbytes gives them.
 
-A processor without CUDA multiplies with NF4 by decoding it at every call. Decoded once, the weights are the same
-numbers, and a full step costs what it costs in float32: a test holds both to the same logits.
+A processor without CUDA multiplies with NF4 by decoding it at every call. Decoded once, the weights are the
+same numbers, and a step costs what it costs in float32: a test holds both to the same logits.
 """
 
 from pathlib import Path

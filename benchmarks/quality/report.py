@@ -1,13 +1,13 @@
-"""The results of a setting as one JSON file, and the tables that docs/quality.md shows, made from it alone."""
+"""The results of a setting as one JSON file, and the tables of docs/quality.md, made from it alone."""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.intervals import Measured, Results
 from benchmarks.quality.measure import cell_file
 from benchmarks.quality.setting import Setting
-from benchmarks.quality.intervals import Measured, Results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -60,7 +60,7 @@ def tables(setting: Setting, results: Results) -> dict[str, str]:
 
 
 def put_tables(text: str, setting: Setting, results: Results) -> str:
-    """A document whose marked places, `<!-- quality:<setting>:<table> -->` to `<!-- end -->`, hold the tables."""
+    """A document whose places from `<!-- quality:<setting>:<table> -->` to `<!-- end -->` hold the tables."""
     for name, table in tables(setting, results).items():
         begin, end = f"<!-- quality:{setting.name}:{name} -->", "<!-- end -->"
         if begin not in text:
@@ -95,8 +95,9 @@ def _losses(setting: Setting, results: Results) -> Iterator[str]:
         if cell.gating == "each":
             best = results.best_expert(cell.name)
             assert best is not None
-            yield f"| {setting_name(cell.name)}: best of a domain | {len(found.seeds)} | | | | | {best[0]:.3f} | | |"
-            yield f"| {setting_name(cell.name)}: best of a row | {len(found.seeds)} | | | | | {best[1]:.3f} | | |"
+            for what, loss in zip(("domain", "row"), best, strict=True):
+                name = f"{cell.name.removesuffix(' each')}: best of each {what}"
+                yield f"| {name} | {len(found.seeds)} | | | | | {loss:.3f} | | |"
             continue
         untrained = cell.gating == "base" and setting.model(cell.model).kind != "full"
         base = None if untrained else results.difference(cell.name, BASES[setting.model(cell.model).base])
@@ -116,11 +117,6 @@ def _losses(setting: Setting, results: Results) -> Iterator[str]:
         )
 
 
-def setting_name(name: str) -> str:
-    """Of a cell that asks each expert: the model's name."""
-    return name.removesuffix(" each")
-
-
 def _claims(setting: Setting, results: Results) -> Iterator[str]:
     yield "| from | claim | rows compared | difference in loss | here |\n|---|---|---|---|---|"
     for claim in setting.claims:
@@ -129,7 +125,9 @@ def _claims(setting: Setting, results: Results) -> Iterator[str]:
             numbers, verdict = "", "not measured yet"
         else:
             numbers = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-            verdict = "cannot be decided" if not found.decides else "holds" if found.value < 0 else "does not hold"
+            verdict = (
+                "cannot be decided" if not found.decides else "holds" if found.value < 0 else "does not hold"
+            )
         yield f"| {claim.source} | {claim.says} | {claim.a} − {claim.b} | {numbers} | {verdict} |"
 
 

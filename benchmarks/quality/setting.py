@@ -1,4 +1,4 @@
-"""A setting of the experiment, read from `settings/<name>.toml`: base, budget, what is trained, what is measured."""
+"""A setting of the experiment, from `settings/<name>.toml`: base, budget, what is trained and measured."""
 
 import json
 import tomllib
@@ -98,10 +98,11 @@ class Claim:
 class Setting:
     """Everything a run depends on but the texts.
 
-    tokens: of training, prompts included, for each trained model; rows are drawn until a domain has its share.
+    tokens: of training, prompts included, for each model; rows are drawn until a domain has its share.
     max_tokens: rows are no longer. rows, choices: test rows of each domain, questions of each benchmark.
     transformer: the encoder that is fine-tuned for gating; None measures no such cell. chat_template: for a
-    base that has none. made: base, encoders and texts are made by the run itself (`made.py`), and named by their folders there.
+    base that has none. made: base, encoders and texts are made by the run itself (`made.py`), and named by
+    their folders there.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What is trained on and what is measured: rows drawn by a seed up to a number of tokens, and fixed test items."""
+"""What is trained on: rows drawn by a seed up to a number of tokens. What is measured: fixed items."""
 
 import hashlib
 import json
@@ -106,9 +106,7 @@ def _within(rows: list[Row], share: float, setting: Setting, tokenizer: Any) -> 
     total = 0
     for start in range(0, len(rows), _CHUNK):
         part = rows[start : start + _CHUNK]
-        for row, encoded in zip(
-            part, encode_rows(tokenizer, part, setting.max_tokens + 1), strict=True
-        ):
+        for row, encoded in zip(part, encode_rows(tokenizer, part, setting.max_tokens + 1), strict=True):
             if total >= share:
                 return list(kept)
             if encoded.answer_start < len(encoded) <= setting.max_tokens and row not in kept:

@@ -57,7 +57,9 @@ class Trained:
 
     def write(self, file: Path) -> None:
         """As JSON."""
-        file.write_text(json.dumps({key: str(v) if isinstance(v, Path) else v for key, v in asdict(self).items()}))
+        file.write_text(
+            json.dumps({key: str(v) if isinstance(v, Path) else v for key, v in asdict(self).items()})
+        )
 
 
 class Trainer:
@@ -83,9 +85,7 @@ class Trainer:
         inputs = self.setting.inputs(model, seed)
         if (before := Trained.read(file)) is not None and before.inputs == inputs:
             return before
-        rows = training_rows(
-            self.setting, self.data, seed, self.tokenizer(), self.out / "rows" / f"s{seed}"
-        )
+        rows = training_rows(self.setting, self.data, seed, self.tokenizer(), self.out / "rows" / f"s{seed}")
         base = self.base if model.base == "plain" else write_nf4(self.base, self.out / "bases" / "nf4")
         print(f"training {folder.name}", flush=True)
         started = time.process_time()

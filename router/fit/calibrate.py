@@ -81,6 +81,17 @@ def fit_threshold(scores: Scores, rejected: float) -> float:
     return float(np.clip(np.quantile(scores.max(axis=1), rejected), -1.0, 1.0))
 
 
+def fit_foreign_threshold(foreign: Scores, passed: float) -> float:
+    """The least score that a share of at most `passed` of foreign texts [m, k] reaches, within [-1, 1]."""
+    if not 0 <= passed < 1:
+        raise RouterError(f"the share of false routing must be from 0 to 1, got {passed}")
+    if not len(foreign):
+        raise RouterError("the rate of false routing needs foreign texts")
+    ordered = np.sort(foreign.max(axis=1))[::-1]
+    first_refused = ordered[int(passed * len(ordered))]
+    return float(np.clip(np.nextafter(first_refused, np.inf), -1.0, 1.0))
+
+
 def calibrate(scores: Scores, labels: Labels, rejected: float) -> Calibration:
     """Temperature and threshold of one strategy from held-out scores [n, k] and own experts [n]."""
     temperature = fit_temperature(scores, labels, platt_smoothing(len(labels)))

@@ -6,17 +6,26 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ..classifier import LinearClassifier, softmax
+from ..classifier import LinearClassifier
 from ..decision import Strategy
 from ..encoder import EncoderSpec, normalize_rows
 from ..errors import RouterError, RoutingExamplesError
-from ..familiarity import Distances, Familiarity, everyday_distances, familiar, nearness
-from ..index import CentroidIndex
+from ..familiarity import Distances, Familiarity, everyday_distances, nearness
 from ..router import hybrid_scores
 from ..state import Calibration, RouterState, Samples
-from .calibrate import calibrate, fit_curve, fit_hybrid_weight, fit_temperature, platt_smoothing
+from .calibrate import (
+    calibrate,
+    fit_curve,
+    fit_foreign_threshold,
+    fit_hybrid_weight,
+    fit_temperature,
+    platt_smoothing,
+)
 from .clusters import centroids as mean_centroids
 from .discriminant import Discriminant, fit_discriminant, joined_head
+from .figures import Figures
+from .heads import Head, fit_head
+from .held import HeldOut, centred_cosines, cut_folds, hold_out, linear_logits
 
 Vectors = npt.NDArray[np.float32]
 Scores = npt.NDArray[np.float64]
@@ -35,7 +44,8 @@ class RouterFitOptions:
     threshold. hybrid_weight: the cosine's share, None learns it. centring: None decides by the corpus (on
     when two random texts have a cosine above 0.25, as with E5). samples: vectors kept per expert. shrinkage:
     share of the identity in the covariance of the head and of the familiarity; None takes more
-    for fewer rows.
+    for fewer rows. classifier: the head's kind. false_routing: share of foreign texts that may pass the
+    threshold, in place of `rejected`.
     """
 
     folds: int = 5
@@ -45,6 +55,29 @@ class RouterFitOptions:
     samples: int = 128
     shrinkage: float | None = None
     seed: int = 0
+    classifier: Head = "discriminant"
+    false_routing: float | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outside:
+    """A classifier that is fitted elsewhere, such as a fine-tuned transformer, and replaces the head.
+
+    rows: numbers [m] of the rows that it has not seen. logits: its calibrated log-probabilities of them
+    [m, k]. foreign: those of the foreign texts; None without such texts.
+    """
+
+    rows: Labels
+    logits: Scores
+    foreign: Scores | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Fit:
+    """A fitted router, and how it does by strategy on rows that were held out of the fit."""
+
+    state: RouterState
+    figures: dict[Strategy, Figures]
 
 
 def fit_router(
@@ -55,11 +88,28 @@ def fit_router(
     options: RouterFitOptions | None = None,
     general: Vectors | None = None,
 ) -> RouterState:
+    """As `fit_with_figures`, without the figures."""
+    return fit_with_figures(vectors, labels, experts, encoder, options, general).state
+
+
+def fit_with_figures(
+    vectors: Vectors,
+    labels: Labels,
+    experts: Sequence[str],
+    encoder: EncoderSpec,
+    options: RouterFitOptions | None = None,
+    general: Vectors | None = None,
+    *,
+    outside: Outside | None = None,
+    foreign: Vectors | None = None,
+) -> Fit:
     """Unit vectors [n, d] of the routing texts and their expert numbers [n] -> a calibrated router.
 
     `general`: unit vectors [b, d] of texts about anything (`general_texts`), which the familiarity holds the
-    experts' own against; None fits it without. Deterministic for a seed. Raises RouterError when an expert
-    has fewer than 2 rows.
+    experts' own against; None fits it without. `outside`: a classifier in place of the head; the state has
+    none then. `foreign`: vectors [m, d] of texts that no expert is for, on which the rate of false routing is
+    measured; without, every held-out row is one to the experts that are not its own. Deterministic for a
+    seed. Raises RouterError when an expert has fewer than 2 rows.
     """
     options = options or RouterFitOptions()
     counts = np.bincount(labels, minlength=len(experts))
@@ -70,7 +120,9 @@ def fit_router(
     centring = options.centring
     if centring is None:
         centring = bool(mean @ mean > 0.25) and len(experts) > 1
-    return _calibrated(vectors, labels, tuple(experts), encoder, means, mean, centring, options, general)
+    return _calibrated(
+        vectors, labels, tuple(experts), encoder, means, mean, centring, options, general, outside, foreign
+    )
 
 
 def add_expert(
@@ -97,7 +149,7 @@ def add_expert(
     experts = (*state.experts, expert)
     mean, centring = state.corpus_mean, state.centring
     general = None if state.familiarity is None else state.familiarity.general
-    return _calibrated(rows, labels, experts, state.encoder, means, mean, centring, options, general)
+    return _calibrated(rows, labels, experts, state.encoder, means, mean, centring, options, general).state
 
 
 def join_expert(state: RouterState, expert: str, vectors: Vectors) -> RouterState:
@@ -166,38 +218,6 @@ def remove_expert(state: RouterState, expert: str) -> RouterState:
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Held:
-    """Every row as one that nothing was fitted on.
-
-    cosines and squared distances to the experts' means, each [n, k], and the distances to the mean of the
-    general texts [n], where there are any.
-    """
-
-    cosines: Scores
-    distances: Scores
-    everyday: Scores | None
-
-    @property
-    def logits(self) -> Scores:
-        """Half the distance is the negative log-likelihood up to a term that the experts share."""
-        return -0.5 * self.distances
-
-    @property
-    def nearest(self) -> Scores:
-        """Distance to the nearest expert [n]."""
-        result: Scores = self.distances.min(axis=1)
-        return result
-
-    def foreign(self, labels: Labels) -> Scores:
-        """Nearness of the nearest of the other experts [n]: what a foreign text looks like to this pool."""
-        if self.distances.shape[1] == 1:
-            return np.zeros(0)
-        others = self.distances.copy()
-        others[np.arange(len(labels)), labels] = np.inf
-        return nearness(others.min(axis=1), self.everyday)
-
-
 def _calibrated(
     vectors: Vectors,
     labels: Labels,
@@ -208,65 +228,90 @@ def _calibrated(
     centring: bool,
     options: RouterFitOptions,
     general: Vectors | None,
-) -> RouterState:
-    shrinkage = _shrinkage(vectors, options)
-    fold = _folds(labels, len(experts), options.folds, options.seed)
-    held = _held(vectors, labels, fold, len(experts), mean, centring, shrinkage, general)
-    temperature = fit_temperature(held.logits, labels, platt_smoothing(len(labels)))
-    fitted = fit_discriminant(vectors, labels, len(experts), shrinkage)
+    outside: Outside | None = None,
+    foreign_vectors: Vectors | None = None,
+) -> Fit:
+    shrinkage, k = _shrinkage(vectors, options), len(experts)
+    fold = cut_folds(labels, k, options.folds, options.seed)
+    head = options.classifier if outside is None else "discriminant"
+    held = hold_out(vectors, labels, fold, k, mean, centring, shrinkage, general, head)
+    fitted = fit_discriminant(vectors, labels, k, shrinkage)
     foreign = held.foreign(labels)
-    if general is not None and (everyday := everyday_distances(general, fitted.precision)) is not None:
-        nearest = Distances(fitted.means, fitted.precision)(general).min(axis=1)
+    distances = Distances(fitted.means, fitted.precision)
+    everyday = None if general is None else everyday_distances(general, fitted.precision)
+    if general is not None and everyday is not None:
+        nearest = distances(general).min(axis=1)
         foreign = np.concatenate([foreign, nearness(nearest, everyday(general)[:, 0])])
     center, scale = fit_curve(nearness(held.nearest, held.everyday), foreign)
-    probabilities = softmax(held.logits / temperature).astype(np.float64)
-    probabilities *= familiar(held.nearest, held.everyday, center, scale)[:, None]
+    classifier = None
+    if outside is None:
+        temperature = fit_temperature(held.logits, labels, platt_smoothing(len(labels)))
+        whole = fitted.head() if head == "discriminant" else fit_head(head, vectors, labels, k, shrinkage)
+        classifier = whole.cooled(temperature)
+    else:
+        temperature = 1.0
+        held = held.with_logits(outside.rows, outside.logits)
+    own = labels if outside is None else labels[outside.rows]
+    probabilities = held.probabilities(temperature, center, scale)
     weight = options.hybrid_weight
     if weight is None:
-        weight = fit_hybrid_weight(held.cosines, probabilities, labels).weight
-    scores: dict[Strategy, Scores] = {
-        "similarity": held.cosines,
-        "classifier": probabilities,
-        "hybrid": hybrid_scores(held.cosines, probabilities, weight),
+        weight = fit_hybrid_weight(held.cosines, probabilities, own).weight
+    if foreign_vectors is not None and len(foreign_vectors):
+        logits = linear_logits(whole, foreign_vectors) if outside is None else outside.foreign
+        if logits is None:
+            raise RouterError("the classifier says nothing about the foreign texts")
+        strangers: HeldOut | None = HeldOut(
+            centred_cosines(foreign_vectors, means, mean, centring),
+            logits,
+            distances(foreign_vectors),
+            None if everyday is None else everyday(foreign_vectors)[:, 0],
+        )
+    else:
+        strangers = held.without_own(own)
+    tables = _tables(held.cosines, probabilities, weight)
+    others: dict[Strategy, Scores] = {}
+    if strangers is not None:
+        odds = strangers.probabilities(temperature, center, scale)
+        others = _tables(strangers.cosines, odds, weight)
+    calibration = {
+        name: _calibration(table, own, others.get(name), options) for name, table in tables.items()
     }
-    calibration: dict[Strategy, Calibration] = {
-        strategy: calibrate(table, labels, options.rejected) for strategy, table in scores.items()
-    }
-    return RouterState(
+    state = RouterState(
         experts=experts,
         encoder=encoder,
         centroids=means,
         corpus_mean=mean,
-        classifier=fitted.head().cooled(temperature),
+        classifier=classifier,
         calibration=calibration,
         hybrid_weight=weight,
         centring=centring,
-        samples=_samples(vectors, labels, len(experts), options),
+        samples=_samples(vectors, labels, k, options),
         familiarity=Familiarity(fitted.means, fitted.precision, center, scale, general),
     )
+    figures = {
+        name: Figures.of(name, table, own, calibration[name], others.get(name))
+        for name, table in tables.items()
+    }
+    return Fit(state, figures)
 
 
-def _held(
-    vectors: Vectors,
-    labels: Labels,
-    fold: Labels,
-    k: int,
-    mean: Vectors,
-    centring: bool,
-    shrinkage: float,
-    general: Vectors | None,
-) -> _Held:
-    cosines, distances = (np.zeros((len(labels), k)) for _ in range(2))
-    everyday = None if general is None or not len(general) else np.zeros(len(labels))
-    for number in range(int(fold.max()) + 1):
-        out = fold == number
-        rows, own = vectors[~out], labels[~out]
-        fitted = fit_discriminant(rows, own, k, shrinkage)
-        cosines[out] = _cosines(vectors[out], mean_centroids(rows, own, k), mean, centring)
-        distances[out] = Distances(fitted.means, fitted.precision)(vectors[out])
-        if everyday is not None and (to := everyday_distances(general, fitted.precision)) is not None:
-            everyday[out] = to(vectors[out])[:, 0]
-    return _Held(cosines, distances, everyday)
+def _tables(cosines: Scores, probabilities: Scores, weight: float) -> dict[Strategy, Scores]:
+    return {
+        "similarity": cosines,
+        "classifier": probabilities,
+        "hybrid": hybrid_scores(cosines, probabilities, weight),
+    }
+
+
+def _calibration(
+    scores: Scores, labels: Labels, foreign: Scores | None, options: RouterFitOptions
+) -> Calibration:
+    found = calibrate(scores, labels, options.rejected)
+    if options.false_routing is None:
+        return found
+    if foreign is None:
+        raise RouterError("a pool of one expert needs foreign texts to fit the rate of false routing")
+    return replace(found, threshold=fit_foreign_threshold(foreign, options.false_routing))
 
 
 def _shrinkage(vectors: Vectors, options: RouterFitOptions) -> float:
@@ -275,22 +320,6 @@ def _shrinkage(vectors: Vectors, options: RouterFitOptions) -> float:
         return options.shrinkage
     count, dimension = vectors.shape
     return float(min(0.6, max(0.1, 10 * dimension / count)))
-
-
-def _cosines(vectors: Vectors, means: Vectors, mean: Vectors, centring: bool) -> Scores:
-    if centring:
-        vectors, means = normalize_rows(vectors - mean), normalize_rows(means - mean)
-    return CentroidIndex(means).similarities(vectors).astype(np.float64)
-
-
-def _folds(labels: Labels, k: int, folds: int, seed: int) -> Labels:
-    """A fold for every row [n]; each expert's rows are spread over the folds, so that none loses all."""
-    generator = np.random.default_rng(seed)
-    result = np.zeros(len(labels), np.int64)
-    for expert in range(k):
-        rows = np.flatnonzero(labels == expert)
-        result[generator.permutation(rows)] = np.arange(len(rows)) % max(folds, 2)
-    return result
 
 
 def _samples(vectors: Vectors, labels: Labels, count: int, options: RouterFitOptions) -> Samples | None:

@@ -88,7 +88,7 @@ def fit_transformer(
     _cool(model, len(experts), temperature)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    cooled = logits / temperature
+    cooled: Scores = logits / temperature
     top = cooled.max(axis=1, keepdims=True)
     result: Scores = cooled - top - np.log(np.exp(cooled - top).sum(axis=1, keepdims=True))
     return result
@@ -200,6 +200,6 @@ def _cool(model: Any, k: int, temperature: float) -> None:
 
     heads = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == k]
     with torch.no_grad():
-        heads[-1].weight /= temperature
+        heads[-1].weight.div_(temperature)
         if heads[-1].bias is not None:
-            heads[-1].bias /= temperature
+            heads[-1].bias.div_(temperature)

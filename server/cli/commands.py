@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": Place(f"{_HERE}.doctor", "doctor", "Say whether a pool can be served here, and what to mend."),
     "config": Place(f"{_HERE}.config", "config", "Print the settings, and where each was written."),
     "pool": Place(f"{_HERE}.pool", "app", "Build, check, list, show and change pools."),
+    "router": Place(f"{_HERE}.router", "app", "Fit a pool's router again."),
     "train": Place(f"{_HERE}.train", "app", "Train a base, an expert, a sparse model or an embedder."),
     "evaluate": Place(f"{_HERE}.evaluate", "evaluate", "Measure how a pool routes and what it answers."),
     "analyze": Place(f"{_HERE}.analyze", "app", "Look into adapters: which ranks matter for which task."),

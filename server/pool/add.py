@@ -11,21 +11,12 @@ from loramux.adapters.peft_format import read_lora
 from loramux.router.fit.router import add_expert as add_to_router
 from loramux.router.fit.router import remove_expert as remove_from_router
 from loramux.router.header import Header, read_header
-from loramux.router.state import RouterState
-from loramux.router.store import ROUTER_FILE, load_router, load_state, save_router
+from loramux.router.store import ROUTER_FILE, load_router, load_state
 from loramux.server.pool.assembly import check_id, copy_adapter
+from loramux.server.pool.change import put_manifest, sound_pool, write_router
 from loramux.server.pool.check import base_shapes
 from loramux.server.pool.example_texts import check_texts, routing_vectors
-from loramux.server.pool.manifest import (
-    ExpertEntry,
-    Manifest,
-    Pool,
-    PoolError,
-    hash_files,
-    read_pool,
-    verify,
-    write_manifest,
-)
+from loramux.server.pool.manifest import ExpertEntry, Pool, PoolError
 
 
 def add_expert(
@@ -56,19 +47,19 @@ def add_expert(
         AdapterError: the adapter cannot be served; says why.
         RouterError: the router keeps no sample embeddings, or its encoder cannot be loaded.
     """
-    pool = _sound(root)
+    pool = sound_pool(root)
     check_id("expert", id, pool.manifest.names)
     check_texts(id, texts)
     read_lora(adapter, id=id, base=base_shapes(pool), any_base=any_base)
     header = _header(pool)
     router = load_router(pool.router_dir, experts=[entry.id for entry in pool.manifest.experts])
     state = add_to_router(router.state, id, routing_vectors(router.encoder, id, texts))
-    place = _write_router(pool, header, state)
+    place = write_router(pool, header, state)
     copy_adapter(adapter, root / "experts" / id)
     entry = ExpertEntry(
         id=id, path=f"experts/{id}", description=description, rows=len(texts), any_base=any_base
     )
-    _replace(pool, replace(pool.manifest, experts=(*pool.manifest.experts, entry)), place)
+    put_manifest(pool, replace(pool.manifest, experts=(*pool.manifest.experts, entry)), place)
     return entry
 
 
@@ -79,38 +70,18 @@ def remove_expert(root: Path, id: str) -> None:
         PoolError: the pool is damaged, has no such expert, or none but this.
         RouterError: the router cannot be read.
     """
-    pool = _sound(root)
+    pool = sound_pool(root)
     gone = next((entry for entry in pool.manifest.experts if entry.id == id), None)
     if gone is None:
         known = ", ".join(entry.id for entry in pool.manifest.experts)
         raise PoolError(f"{root}: no expert {id!r}; it has {known}")
     if len(pool.manifest.experts) == 1:
         raise PoolError(f"{root}: {id} is the last expert; remove the pool instead")
-    router = _write_router(pool, _header(pool), remove_from_router(load_state(pool.router_dir), id))
+    router = write_router(pool, _header(pool), remove_from_router(load_state(pool.router_dir), id))
     experts = tuple(entry for entry in pool.manifest.experts if entry is not gone)
     folder = pool.expert_dir(gone)
-    _replace(pool, replace(pool.manifest, experts=experts), router, without=folder)
+    put_manifest(pool, replace(pool.manifest, experts=experts), router, without=folder)
     shutil.rmtree(folder)
-
-
-def _sound(root: Path) -> Pool:
-    pool = read_pool(root)
-    if problems := verify(root):
-        raise PoolError(f"{root}: {problems[0]}; mend the pool first (`loramux pool check {root}`)")
-    return pool
-
-
-def _replace(pool: Pool, manifest: Manifest, router: Path, *, without: Path | None = None) -> None:
-    """Make `manifest` with another router the pool's, and remove the old router."""
-    old = pool.router_dir
-    files = {
-        name: value
-        for name, value in hash_files(pool.root).items()
-        if not any((pool.root / name).resolve().is_relative_to(gone) for gone in (old, without) if gone)
-    }
-    entry = replace(manifest.router, path=router.name)
-    write_manifest(pool.root, replace(manifest, router=entry, files=files))
-    shutil.rmtree(old)
 
 
 def _header(pool: Pool) -> Header:
@@ -122,16 +93,3 @@ def _header(pool: Pool) -> Header:
             "other classes; fine-tune it for them and build the router again"
         )
     return header
-
-
-def _write_router(pool: Pool, header: Header, state: RouterState) -> Path:
-    """The pool's router in another state, in a new folder beside the old one."""
-    number = 2
-    while (pool.root / f"router-{number}").resolve() == pool.router_dir:
-        number += 1
-    place = pool.root / f"router-{number}"
-    if place.exists():
-        shutil.rmtree(place)
-    shutil.copytree(pool.router_dir, place)
-    save_router(state, place, encoder_path=header.encoder_path, encoder_package=header.encoder_package)
-    return place

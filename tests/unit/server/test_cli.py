@@ -92,6 +92,9 @@ FAILURES = [
     (2, ["pool", "new", "--out", "/absent/out", "--base", "b", "--expert", "a=/absent:b"], "/absent"),
     (2, ["pool", "build"], "--data"),
     (1, ["pool", "build", "--data", "/absent.jsonl", "--out", "/absent/out", "--base", "b"], "/absent.jsonl"),
+    (2, ["router", "fit"], "see `loramux router fit --help`"),
+    (2, ["router", "fit", "/absent", "--data", "x", "--classifier", "svm"], "--classifier"),
+    (1, ["router", "fit", "/absent", "--data", "/absent.jsonl"], "is /absent a pool"),
     (2, ["train", "exprt"], "Did you mean 'expert'"),
     (2, ["train", "base", "--data", "x"], "--out"),
     (2, ["train", "lora", "--data", "x", "--out", "y", "--base", "z", "--rank", "0"], "--rank"),
@@ -169,7 +172,7 @@ def test_the_summaries_in_the_list_of_commands_are_sentences() -> None:
         assert len(place.summary) < 66  # the list is one line a command on 80 columns
 
 
-@pytest.mark.parametrize("words", [[], ["pool"], ["train"], ["analyze"]], ids=str)
+@pytest.mark.parametrize("words", [[], ["pool"], ["router"], ["train"], ["analyze"]], ids=str)
 def test_a_group_alone_says_what_it_holds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
