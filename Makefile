@@ -1,5 +1,5 @@
 # make serve | test | test-releases | lint | browser | clients | fuzz | schema | bench | bench-gpu | bench-peers
-#      | bench-gguf | dashboards | image | clean.  The virtual environment is made on first use.
+#      | bench-gguf | quality | dashboards | image | clean.  The virtual environment is made on first use.
 #
 # PIP_* variables of the environment reach pip unchanged: on a machine without an NVIDIA GPU, set PIP_INDEX_URL or
 # PIP_EXTRA_INDEX_URL to an index of CPU builds to spare several gigabytes of CUDA libraries.
@@ -24,7 +24,8 @@ CHECKED := $(PACKAGES) tests benchmarks docker
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: serve test test-releases lint browser fuzz schema bench bench-gpu bench-peers bench-gguf dashboards image clients clean
+.PHONY: serve test test-releases lint browser fuzz schema bench bench-gpu bench-peers bench-gguf quality dashboards image clients \
+	clean
 .DEFAULT_GOAL := serve
 
 serve: $(SERVE_STAMP)
@@ -78,6 +79,10 @@ bench-peers: $(TEST_STAMP)
 bench-gguf: $(TEST_STAMP)
 	PYTHON=$(PYTHON) benchmarks/peers/setup.sh llama.cpp
 	$(BIN)/python benchmarks/peers/run.py gguf $(ARGS)
+
+# Does routing help? docs/quality.md; ARGS="small --data DIR --base DIR --out DIR --save --tables"
+quality: $(TEST_STAMP)
+	$(BIN)/python benchmarks/quality/run.py $(ARGS)
 
 # Every panel of the dashboards under half a minute of load; needs Prometheus.
 dashboards: $(TEST_STAMP)

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.intervals import Measured, Results
+from benchmarks.quality.intervals import Measured, Results, paired
 from benchmarks.quality.measure import cell_file
 from benchmarks.quality.setting import Setting
 
@@ -86,8 +86,8 @@ def _state(setting: Setting, results: Results) -> str:
 
 def _losses(setting: Setting, results: Results) -> Iterator[str]:
     yield (
-        "| row | seeds | trained | tokens | Σ weight | own expert | loss | of the base | exact match |\n"
-        "|---|---|---|---|---|---|---|---|---|"
+        "| row | seeds | trained | tokens | Σ weight | own expert | loss | less the base's "
+        "| of the oracle's gain | exact match |\n|---|---|---|---|---|---|---|---|---|---|"
     )
     for cell in setting.cells:
         if (found := results.cells.get(cell.name)) is None:
@@ -97,10 +97,11 @@ def _losses(setting: Setting, results: Results) -> Iterator[str]:
             assert best is not None
             for what, loss in zip(("domain", "row"), best, strict=True):
                 name = f"{cell.name.removesuffix(' each')}: best of each {what}"
-                yield f"| {name} | {len(found.seeds)} | | | | | {loss:.3f} | | |"
+                yield f"| {name} | {len(found.seeds)} | | | | | {loss:.3f} | | | |"
             continue
         untrained = cell.gating == "base" and setting.model(cell.model).kind != "full"
-        base = None if untrained else results.difference(cell.name, BASES[setting.model(cell.model).base])
+        model_base = setting.model(cell.model).base
+        base = None if untrained else results.difference(cell.name, BASES[model_base])
         model = found.any["model"]
         yield " | ".join(
             [
@@ -112,23 +113,25 @@ def _losses(setting: Setting, results: Results) -> Iterator[str]:
                 _number(found.mean("right"), ".0%"),
                 f"{found.loss():.3f}",
                 "" if base is None else f"{base.value:+.3f} [{base.low:+.3f}, {base.high:+.3f}]",
+                _number(results.gain_share(cell.name, f"{cell.model} oracle", BASES[model_base]), ".0%"),
                 _exact(found) + " |",
             ]
         )
 
 
 def _claims(setting: Setting, results: Results) -> Iterator[str]:
-    yield "| from | claim | rows compared | difference in loss | here |\n|---|---|---|---|---|"
+    yield "| from | claim | rows compared | seeds | difference in loss | here |\n|---|---|---|---|---|---|"
     for claim in setting.claims:
         found = results.difference(claim.a, claim.b)
-        if found is None:
-            numbers, verdict = "", "not measured yet"
-        else:
+        numbers = seeds = ""
+        verdict = "not measured yet"
+        if found is not None:
             numbers = f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-            verdict = (
-                "cannot be decided" if not found.decides else "holds" if found.value < 0 else "does not hold"
-            )
-        yield f"| {claim.source} | {claim.says} | {claim.a} − {claim.b} | {numbers} | {verdict} |"
+            seeds = str(len(paired(results.cells[claim.a], results.cells[claim.b])))
+            verdict = "holds" if found.value < 0 else "does not hold"
+            if not found.decides:
+                verdict = "cannot be decided"
+        yield f"| {claim.source} | {claim.says} | {claim.a} − {claim.b} | {seeds} | {numbers} | {verdict} |"
 
 
 def _choices(results: Results) -> Iterator[str]:

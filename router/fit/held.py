@@ -65,7 +65,8 @@ class HeldOut:
             return None
         others = np.arange(k) != labels[:, None]
         cut = (table[others].reshape(count, k - 1) for table in (self.cosines, self.logits, self.distances))
-        return HeldOut(*cut, everyday=self.everyday)
+        cosines, logits, distances = cut
+        return HeldOut(cosines, logits, distances, self.everyday)
 
 
 def hold_out(

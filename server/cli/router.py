@@ -67,7 +67,9 @@ def fit(
     ] = None,
     labels: Annotated[
         str,
-        typer.Option(help="domain: a row's domain or file names its expert; nearest: its cluster does."),
+        typer.Option(
+            help="domain: a row's domain or file names its expert; routed: the router as it is does."
+        ),
     ] = "domain",
     expert_of: Annotated[
         list[str] | None,
@@ -96,7 +98,7 @@ def fit(
     if classifier not in CHOICES:
         raise typer.BadParameter(f"choose one of {', '.join(CHOICES)}", param_hint="--classifier")
     if labels not in get_args(LabelSource):
-        raise typer.BadParameter("choose domain or nearest", param_hint="--labels")
+        raise typer.BadParameter("choose domain or routed", param_hint="--labels")
     options = RefitOptions(
         classifier=classifier,
         encoder=transformer,

@@ -15,13 +15,12 @@ from loramux.adapters.training.rows import Row, find_data_files, read_rows, user
 from loramux.router.classifier import TransformerClassifier
 from loramux.router.encoder import Encoder
 from loramux.router.encoder_place import EncoderPlace
-from loramux.router.fit.clusters import centroids
 from loramux.router.fit.general_texts import general_vectors
 from loramux.router.fit.heads import HEADS, Head
 from loramux.router.fit.router import Fit, Outside, RouterFitOptions, fit_with_figures
 from loramux.router.fit.transformer import TransformerFitOptions, fit_transformer
 from loramux.router.header import read_header
-from loramux.router.router import blank_rows
+from loramux.router.router import Router, blank_rows
 from loramux.router.state import RouterState
 from loramux.router.store import ROUTER_FILE, load_router
 from loramux.server.pool.change import put_manifest, sound_pool, write_router
@@ -31,11 +30,10 @@ Vectors = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 Choice = Literal["best", "discriminant", "ridge", "logistic", "transformer"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
-LabelSource = Literal["domain", "nearest"]
+LabelSource = Literal["domain", "routed"]
 #: Called with what is being done, how much of it is done, and how much there is.
 Progress = Callable[[str, int, int], None]
 _HELD_OUT = 0.2
-_ROUNDS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +42,7 @@ class RefitOptions:
 
     classifier: the head, or the linear one with the least held-out loss (`best`). encoder: what is fine-tuned
     for `transformer`. labels: a row belongs to the expert that its domain (or its file) is called, or that
-    `experts` maps it to; or to the nearest centroid, in turns with new centroids until nothing changes.
+    `experts` maps it to; or to the one that the router as it is puts first (`routed`).
     fit: folds, rejected share, rate of false routing, hybrid weight and the like.
     """
 
@@ -94,17 +92,17 @@ def refit(
     """
     pool = sound_pool(root)
     experts = [entry.id for entry in pool.manifest.experts]
-    header = read_header(pool.router_dir / ROUTER_FILE)
     progress("reading", 0, 0)
     router = load_router(pool.router_dir, experts=experts)
     rows, wanted, skipped = _labelled(data, experts, options)
     progress("embedding", 0, 0)
     texts, vectors, readable = _embedded(router.encoder, rows)
     skipped += len(rows) - len(texts)
-    if options.labels == "domain":
-        labels = wanted[readable]
-    else:
-        labels = _nearest(vectors, router.state.centroids, header.experts, experts)
+    labels = wanted[readable] if options.labels == "domain" else _routed(router, texts, experts)
+    if (alien := labels < 0).any():
+        skipped += int(alien.sum())
+        vectors, labels = vectors[~alien], labels[~alien]
+        texts = [text for text, out in zip(texts, alien, strict=True) if not out]
     _check_counts(labels, experts)
     strangers = _embedded(router.encoder, read_rows(foreign))[:2] if foreign else ([], None)
     general = general_vectors(router.encoder)
@@ -163,7 +161,7 @@ def _labelled(
     if not rows:
         raise PoolError(
             f"no row belongs to an expert; they are called {', '.join(experts)}: name domains so, map them "
-            "with --expert-of, or let the router label the rows (--labels nearest)"
+            "with --expert-of, or let the router label the rows (--labels routed)"
         )
     return rows, np.array(wanted or [-1] * len(rows), np.int64), skipped
 
@@ -182,18 +180,14 @@ def _embedded(encoder: Encoder, rows: Sequence[Row]) -> tuple[list[str], Vectors
     return [text for text, good in zip(texts, readable, strict=True) if good], vectors[readable], readable
 
 
-def _nearest(vectors: Vectors, start: Vectors, order: Sequence[str], experts: Sequence[str]) -> Labels:
-    """Spherical k-means (Lloyd) on the texts, begun at the experts' own centroids, so that numbers stay."""
-    means = start[[order.index(expert) for expert in experts]]
-    labels = (vectors @ means.T).argmax(axis=1)
-    for _ in range(_ROUNDS):
-        _check_counts(labels, experts)
-        means = centroids(vectors, labels, len(experts))
-        before, labels = labels, (vectors @ means.T).argmax(axis=1)
-        if (before == labels).all():
-            break
-    result: Labels = labels.astype(np.int64)
-    return result
+def _routed(router: Router, texts: Sequence[str], experts: Sequence[str]) -> Labels:
+    """The expert that the router as it is puts first [n]; -1 of a text that it sends to the base.
+
+    The rows are not clustered anew: experts keep what they were trained on, and clusters would drift from it.
+    """
+    return np.array(
+        [-1 if one.fallback else experts.index(one.experts[0].id) for one in router.decide(texts)], np.int64
+    )
 
 
 def _check_counts(labels: Labels, experts: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from loramux.router.decision import RoutingOptions
 from loramux.router.errors import RouterError
+from loramux.router.fit.router import RouterFitOptions
 from loramux.router.router import Router
 from loramux.router.store import load_router
 from loramux.server.cli.router import app
@@ -109,15 +110,20 @@ def test_the_command_replaces_the_router_and_nothing_else(parts: Path, pool: Pat
         assert f"{line['accuracy']:.1%}" in output
 
 
-def test_rows_without_labels_find_their_experts_by_the_centroids(
+def test_rows_without_labels_get_them_from_the_router_as_it_is(
     parts: Path, pool: Path, tmp_path: Path
 ) -> None:
-    write_rows(
-        tmp_path / "mixed.jsonl", [text for topic in TOPICS for text in topic_texts(topic, 40, seed=5)]
-    )
-    report = refit(pool, [tmp_path / "mixed.jsonl"], RefitOptions(labels="nearest"))
-    assert sum(report.rows.values()) == 120
-    assert right(router_of(pool)) > 0.95
+    strict = RouterFitOptions(false_routing=0.1)
+    refit(pool, [parts / "rows"], RefitOptions(fit=strict), [parts / "foreign.jsonl"])
+    before = router_of(pool)
+    texts = [text for topic in (*TOPICS, "orchestra") for text in topic_texts(topic, 40, seed=11)]
+    write_rows(tmp_path / "mixed.jsonl", texts)
+    report = refit(pool, [tmp_path / "mixed.jsonl"], RefitOptions(labels="routed"))
+    decisions = before.decide(texts)
+    assert report.skipped == sum(one.fallback for one in decisions) > 25
+    for topic in TOPICS:
+        assert report.rows[topic] == sum(one.experts[0].id == topic for one in decisions if one.experts)
+    assert right(router_of(pool)) > 0.9
     assert check_pool(pool) == []
 
 
