@@ -37,7 +37,7 @@ class Model:
 
     kind: a pool of `experts` LoRAs on k-means clusters (one expert is a single LoRA on everything), a full
     fine-tune, or a sparse model. base: as it is, or with its linear weights in NF4. rank, alpha, rate: None
-    takes the setting's. options: of a sparse method, as `loramux train` names them.
+    takes the setting's. options: of the training, such as `epochs` (1) or a sparse method's own.
     """
 
     name: str

@@ -155,7 +155,7 @@ class Trainer:
         network, tokenizer = self._open(base)
         files = BaseFiles.locate(str(base))
         adapter = folder.with_name(f"{folder.name}.adapter")
-        options = SPARSE[model.kind](**{**self._options(model, seed), **model.options})
+        options = SPARSE[model.kind](**self._options(model, seed))
         report = train_mixture(
             network, tokenizer, read_rows([rows]), [], adapter, options,
             base_id=BASE_ID, base_hash=files.hash, label=model.name,
@@ -186,6 +186,7 @@ class Trainer:
             "batch_tokens": setting.batch_tokens,
             "held_out_rows": 0,
             "seed": seed,
+            **model.options,
         }
 
     def _open(self, base: Path) -> tuple[Any, Any]:
