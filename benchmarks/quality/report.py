@@ -87,7 +87,7 @@ def _state(setting: Setting, results: Results) -> str:
 def _losses(setting: Setting, results: Results) -> Iterator[str]:
     yield (
         "| row | seeds | trained | tokens | Σ weight | own expert | loss | less the base's "
-        "| of the oracle's gain | exact match |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| of the oracle's gain | of full tuning's | exact match |\n|---|---|---|---|---|---|---|---|---|---|---|"
     )
     for cell in setting.cells:
         if (found := results.cells.get(cell.name)) is None:
@@ -97,7 +97,7 @@ def _losses(setting: Setting, results: Results) -> Iterator[str]:
             assert best is not None
             for what, loss in zip(("domain", "row"), best, strict=True):
                 name = f"{cell.name.removesuffix(' each')}: best of each {what}"
-                yield f"| {name} | {len(found.seeds)} | | | | | {loss:.3f} | | | |"
+                yield f"| {name} | {len(found.seeds)} | | | | | {loss:.3f} | | | | |"
             continue
         untrained = cell.gating == "base" and setting.model(cell.model).kind != "full"
         model_base = setting.model(cell.model).base
@@ -114,6 +114,7 @@ def _losses(setting: Setting, results: Results) -> Iterator[str]:
                 f"{found.loss():.3f}",
                 "" if base is None else f"{base.value:+.3f} [{base.low:+.3f}, {base.high:+.3f}]",
                 _number(results.gain_share(cell.name, f"{cell.model} oracle", BASES[model_base]), ".0%"),
+                "" if untrained else _number(results.gain_share(cell.name, "full", "base"), ".0%"),
                 _exact(found) + " |",
             ]
         )

@@ -129,20 +129,20 @@ def fit(
 
 def print_refit(report: RefitReport, console: Console) -> None:
     """The held-out figures of every candidate as a table."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
-    table = Table(title="Held-out rows, by classifier and strategy", title_justify="left")
+    table = Table(box=SIMPLE, title="Held-out rows, by classifier and strategy", title_justify="left")
     for heading in ("classifier", "strategy"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("rows", "right", "nats", "ECE", "temperature", "threshold", "lost", "false routing"):
-        table.add_column(heading, justify="right")
+    for heading in ("right", "nats", "ECE", "temp.", "least", "lost", "false"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, lines in report.candidates.items():
-        for line in lines:
+        for number, line in enumerate(lines):
             passed = line["false_routing"]
             table.add_row(
-                name,
+                "" if number else name,
                 line["strategy"],
-                str(line["rows"]),
                 f"{line['accuracy']:.1%}",
                 f"{line['nll']:.3f}",
                 f"{line['ece']:.3f}",
@@ -154,6 +154,9 @@ def print_refit(report: RefitReport, console: Console) -> None:
     console.print(table)
     rows = sum(report.rows.values())
     skipped = f", {report.skipped} rows are for no expert" if report.skipped else ""
+    console.print(
+        "least: the threshold; lost: own texts below it; false: foreign texts above it", style="dim"
+    )
     console.print(
         f"{report.classifier}, cosine's share {report.hybrid_weight:g}: fitted on {rows} rows{skipped}"
     )
