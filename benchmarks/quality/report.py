@@ -87,7 +87,7 @@ def _state(setting: Setting, results: Results) -> str:
 def _losses(setting: Setting, results: Results) -> Iterator[str]:
     yield (
         "| row | seeds | trained | tokens | Σ weight | own expert | loss | less the base's "
-        "| of the oracle's gain | of full tuning's | exact match |\n|---|---|---|---|---|---|---|---|---|---|---|"
+        "| of the oracle's gain | of full tuning's | exact match |\n" + 11 * "|---" + "|"
     )
     for cell in setting.cells:
         if (found := results.cells.get(cell.name)) is None:
