@@ -14,7 +14,7 @@ from benchmarks.quality.setting import ROUTED, Cell, Model, Setting
 from benchmarks.quality.training import Trained
 from loramux.adapters.blend import DEFAULT_GRID, EXACT_GRID, Blend
 from loramux.adapters.lora import LoraAdapter
-from loramux.adapters.sparse.arrows import TEMPERATURE, ArrowMixture
+from loramux.adapters.sparse.token_mixtures import TEMPERATURE, TokenMethod, TokenMixture
 from loramux.adapters.training.rows import read_rows, user_text
 from loramux.router.classifier import TransformerClassifier
 from loramux.router.decision import RoutingOptions
@@ -102,9 +102,11 @@ class Gate:
             case "sparse":
                 assert self._trained.sparse is not None
                 return [Chosen(SparseChoice(self._trained.sparse))] * len(items)
-            case "arrow":
+            case "arrow" | "spectr":
                 experts = [self._experts[id] for id in self.ids]
-                mixture = ArrowMixture.of(experts, top_k=cell.top_m, temperature=TEMPERATURE)
+                mixture = TokenMixture.of(
+                    TokenMethod(cell.gating), experts, top_k=cell.top_m, temperature=TEMPERATURE
+                )
                 return [Chosen(mixture)] * len(items)
             case "served":
                 return self._routed(cell, items, self.router, RoutingOptions())

@@ -14,7 +14,7 @@ Kind = Literal["pool", "full", "mixlora", "loramoe", "loracoe"]
 Base = Literal["plain", "nf4"]
 Gating = Literal[
     "base", "single", "average", "random", "oracle", "each",
-    "similarity", "classifier", "hybrid", "transformer", "combined", "served", "arrow", "sparse",
+    "similarity", "classifier", "hybrid", "transformer", "combined", "served", "arrow", "spectr", "sparse",
 ]  # fmt: skip
 #: Those that a router makes, and whether with the fine-tuned classifier in place of the linear one.
 ROUTED: dict[str, tuple[str, bool]] = {
