@@ -109,9 +109,9 @@ def fit(
         ),
         transformer=TransformerFitOptions(epochs=epochs, rate=rate, seed=seed),
     )
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True), transient=True
-    ) as bars:
+    stderr = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
         task = bars.add_task("reading", total=None)
         report = refit(
             pool,

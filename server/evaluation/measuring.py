@@ -79,7 +79,7 @@ class Measuring:
             nonlocal done
             for key, (mixture, item) in queue:
                 async with self._parts.leases.lease(mixture) as lease:
-                    ledger.add(key, await self._measure(item, lease.handle))
+                    ledger.add(key, await self._score(item, lease.handle))
                 done += 1
                 progress(done, len(needed))
 
@@ -91,7 +91,7 @@ class Measuring:
             raise group.exceptions[0] from None
         return {name: ledger[key] for name, key in keys.items()}
 
-    async def _measure(self, item: Item, adapter: object) -> Score:
+    async def _score(self, item: Item, adapter: object) -> Score:
         if isinstance(item, AnswerItem):
             return await self._answer(item, adapter)
         return await self._choices(item, adapter)
