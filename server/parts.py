@@ -1,4 +1,4 @@
-"""The parts of a server, as `build.py` makes them and the app receives them."""
+"""The parts of a server, as `connect.py` makes them and the app receives them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -29,7 +29,8 @@ from loramux.server.backend.protocol import AdapterBackend, BackendFacts
 from loramux.server.backend.residency import LoadedBlend, RemoteResidency, Room
 from loramux.server.backend.vllm import RANKS, EndTokens, VllmBackend
 from loramux.server.base_files import BaseFiles
-from loramux.server.build import base_files, connect, fingerprint, load_tokenizer, read_adapter
+from loramux.server.build import base_files, fingerprint, load_tokenizer, read_adapter
+from loramux.server.connect import connect
 from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.model import DTYPES
 from loramux.server.errors import StartError

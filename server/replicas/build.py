@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import partial
 
 from loramux.router.service import RoutingService
-from loramux.server.build import base_files, connect, fingerprint, load_tokenizer
+from loramux.server.build import base_files, fingerprint, load_tokenizer
+from loramux.server.connect import connect
 from loramux.server.engine.grammars import Grammars
 from loramux.server.lifecycle import Phase
 from loramux.server.metrics import Metrics

@@ -18,7 +18,8 @@ from loramux.adapters.sparse.model import SparseModel
 from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.token_methods import token_experts
 from loramux.adapters.sparse.token_mixtures import TokenMixtures
-from loramux.server.build import connect, place_model, read_adapter
+from loramux.server.build import place_model, read_adapter
+from loramux.server.connect import connect
 from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.metrics import Metrics

@@ -28,7 +28,7 @@ from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.tally import ExpertLoad
 from loramux.adapters.sparse.token_mixtures import TokenMethod, TokenMixtures
 from loramux.server.app import create_app
-from loramux.server.build import connect
+from loramux.server.connect import connect
 from loramux.server.engine.grammars import Grammars
 from loramux.server.metrics import Metrics
 from loramux.server.parts import Parts
