@@ -108,13 +108,12 @@ def _load(folder: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModel
-    from transformers.initialization import no_init_weights
     from transformers.utils.logging import disable_progress_bar
 
     file = folder / "model.safetensors"
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if file.is_file() and getattr(config, "quantization_config", None) is None:
-        with no_init_weights():
+        with _without_random_values():
             model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
         try:
             stored = load_file(file)
@@ -128,6 +127,20 @@ def _load(folder: Path) -> Any:
     return AutoModel.from_pretrained(
         folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, dtype="float32"
     )
+
+
+def _without_random_values() -> Any:
+    """Modules made in this context get none. Other threads see nothing of it, unlike transformers' own way,
+    which takes the initialisers of torch away and, with two threads at once, does not give them back."""
+    from torch.overrides import TorchFunctionMode
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", None) in ("normal_", "uniform_", "kaiming_uniform_"):
+                return args[0] if args else kwargs["tensor"]
+            return func(*args, **(kwargs or {}))
+
+    return Mode()
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -14,10 +14,16 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.initialization import no_init_weights
 
 LARGE = 2**30
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+#: What initial values are made with: functions of torch, which transformers wraps, and methods of tensors.
+_INITIALISERS = {
+    "normal_", "uniform_", "constant_", "kaiming_uniform_", "trunc_normal_",
+    "zero_", "fill_", "copy_", "erfinv_", "mul_", "add_", "clamp_",
+}  # fmt: skip
 
 
 class BaseModelError(ValueError):
@@ -28,23 +34,29 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreT
     """A model on the meta device, of the config's dtype or another: shapes and ties without numbers. No code
     of the checkpoint runs.
 
-    Only what makes parameters is on that device: for initial values, and for the angles of rotary embeddings,
-    torch would load its compiler there, which takes as long as all the rest.
+    Only what makes parameters is on that device: for the angles of rotary embeddings torch would load its
+    compiler there, which takes as long as all the rest.
     """
     chosen = {} if dtype is None else {"dtype": dtype}
-    with _OnMeta(), no_init_weights():
+    with _OnMeta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **chosen)
     model.tie_weights()
     return model
 
 
 class _OnMeta(TorchFunctionMode):
-    """New tensors on the meta device, where they are empty or full of one number."""
+    """New tensors on the meta device, where they are empty or full of one number. They get no initial values,
+    for which torch would load its compiler. Other threads see nothing of it, unlike transformers' own way,
+    which takes the initialisers of torch away and, with two threads at once, does not give them back."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        if getattr(func, "__name__", None) in _INITIALISERS:
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
         if func in (torch.empty, torch.ones, torch.zeros) and kwargs.get("device") is None:
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
