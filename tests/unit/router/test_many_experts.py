@@ -10,7 +10,7 @@ from loramux.router.classifier import LinearClassifier
 from loramux.router.decision import STRATEGIES, Decision, RoutingOptions
 from loramux.router.encoder import normalize_rows
 from loramux.router.errors import RouterError
-from loramux.router.familiarity import Distances, Familiarity
+from loramux.router.familiarity import Distances, Familiarity, everyday_distances, familiar
 from loramux.router.index import CentroidIndex
 from loramux.router.policy import POLICIES, Policy
 from loramux.router.products import FEW, products
@@ -79,9 +79,13 @@ def test_the_nearest_expert_is_as_far_as_the_nearest_of_all(scale: float, genera
     rows = np.concatenate([unit(20, 16, generator), unit(1, 16, generator) * 0])
     everyday = unit(30, 16, generator) if general else None
     known = Familiarity(means, precision, 10.0 * scale, 2.0 * scale, everyday)
-    whole = known._nearness(rows).min(axis=1)
-    np.testing.assert_allclose(known._nearness.nearest(rows), whole, rtol=1e-12, atol=1e-9 * scale)
-    assert (Distances(means, precision).nearest(rows) >= 0).all()
+    distances = Distances(means, precision)
+    whole = distances(rows).min(axis=1)
+    np.testing.assert_allclose(distances.nearest(rows), whole, rtol=1e-12, atol=1e-9 * scale)
+    assert (distances.nearest(rows) >= 0).all()
+    to = everyday_distances(everyday, precision)
+    wanted = familiar(whole, None if to is None else to(rows)[:, 0], known.center, known.scale)
+    np.testing.assert_allclose(known.probability(rows), wanted, rtol=1e-9, atol=1e-12)
 
 
 def both_ways(

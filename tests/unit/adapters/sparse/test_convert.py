@@ -176,7 +176,7 @@ def test_the_command_converts_and_says_so(
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as exit_code:
         main()
-    assert exit_code.value.code == 0
+    assert not exit_code.value.code
     assert "adapter_model.safetensors: 66 tensors, 50 renamed" in capsys.readouterr().out
     assert read_sparse(tmp_path / "out", id="x", base=base).ffn
     with pytest.raises(SystemExit) as exit_code:
