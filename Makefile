@@ -32,8 +32,11 @@ serve: $(SERVE_STAMP)
 	exec $(BIN)/loramux serve --host $(HOST) --port $(PORT)
 
 test: lint
-	$(BIN)/pytest tests/unit tests/kernels
-	$(BIN)/pytest $(wildcard tests/http tests/e2e)
+	@# Two at a time, since most tests use one core; what the second ones say follows the first.
+	@mkdir -p build
+	@$(BIN)/pytest $(wildcard tests/http tests/e2e) > build/http-tests.log 2>&1 & second=$$!; \
+		$(BIN)/pytest tests/unit tests/kernels; first=$$?; \
+		wait $$second; second=$$?; cat build/http-tests.log; exit $$((first || second))
 
 # The engine on the oldest and on the newest transformers that pyproject.toml allows; needs a package index.
 test-releases: $(TEST_STAMP)

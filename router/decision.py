@@ -38,6 +38,10 @@ class Decision:
     entropy: float
     blank: bool = False
 
+    def is_of(self, experts: Sequence[str]) -> bool:
+        """Whether it was made among these very experts, of many; of a few, who asks looks at each."""
+        return isinstance(self.candidates, Ranked) and self.candidates.names == experts
+
     def among(self, served: Mapping[str, str]) -> "Decision":
         """The decision of a pool of fewer experts: `served` has router id -> the id it is served by.
 

@@ -59,6 +59,11 @@ class Ranked(Sequence[Candidate]):
         self._places = np.arange(len(scores)) if places is None else places
         self._weights = weights
 
+    @property
+    def names(self) -> Sequence[str | None]:
+        """Of all experts by their place in the pool; None for one that is not served."""
+        return self._names
+
     def __len__(self) -> int:
         return len(self._places)
 

@@ -130,7 +130,8 @@ class Catalog:
         if self._whole is None or self._whole[0] is not served:
             whole = all(served.get(id) == id for id in self._routes.experts)
             self._whole = served, whole
-        return decision if self._whole[1] else decision.among(served)
+        # A decision may be older than what the router knows now: its own names count.
+        return decision if self._whole[1] and decision.is_of(self._routes.experts) else decision.among(served)
 
     def _find_routable(self) -> dict[str, str]:
         by_content: dict[str, str] = {}

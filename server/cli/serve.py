@@ -98,8 +98,8 @@ def run(settings: Settings) -> None:
             timeout_keep_alive=settings.keep_alive_seconds,
         )
         asyncio.run(_Server(config, parts, address_of(settings.host, listener)).serve(sockets=[listener]))
-        # The interpreter's last collection would look at all that was loaded, for seconds and for nothing.
-        gc.freeze()
+        # What `give_back` froze would else count as leaked, which libraries say at the end, line by line.
+        gc.unfreeze()
         # A supervisor starts a process again when it fails, not when it ends well.
         if (reason := parts.engine.stats().dead) is not None:
             raise StartError(f"stopped, because {reason}")
