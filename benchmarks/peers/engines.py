@@ -104,8 +104,10 @@ class Engine:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         ours = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(CORES), "TOKENIZERS_PARALLELISM": "false"}
         with self.log.open("wb") as log:
+            # A loramux refuses settings that it does not know, and where our files lie is none.
+            inherited = {name: value for name, value in os.environ.items() if name != "LORAMUX_BENCH"}
             self._process = subprocess.Popen(  # noqa: S603
-                command, env={**os.environ, **ours, **environment}, start_new_session=True,
+                command, env={**inherited, **ours, **environment}, start_new_session=True,
                 **{"stdout": log, "stderr": log, "stdin": subprocess.DEVNULL, **pipes},
             )  # fmt: skip
 
