@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from loramux.adapters.errors import BlendError
+from loramux.adapters.lora import LoraAdapter
 
 DEFAULT_GRID = 0.01
 # The least positive float32: what rounds to nothing on this grid is nothing to the operators either.
@@ -171,6 +172,20 @@ class Blend:
         }
         text = json.dumps(described, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def weighted(self, experts: Mapping[str, LoraAdapter]) -> list[tuple[LoraAdapter, float]]:
+        """Its experts, out of those of a pool by id, with their weights.
+
+        Raises:
+            BlendError: one is not there, or has another content now.
+        """
+        found = []
+        for part in self.parts:
+            expert = experts.get(part.expert_id)
+            if expert is None or expert.content_hash != part.content_hash:
+                raise BlendError(f"the expert {part.expert_id!r} is not in the pool any more")
+            found.append((expert, part.weight))
+        return found
 
     def __eq__(self, other: object) -> bool:
         return self.key == other.key if isinstance(other, Blend) else NotImplemented

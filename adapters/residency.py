@@ -280,12 +280,7 @@ class Residency:
     async def _sources(self, entry: _Entry) -> list[_Source]:
         """The adapters whose rows make the blend; merges them first where the method is not exact."""
         blend = entry.blend
-        parts = []
-        for part in blend.parts:
-            expert = self._experts.get(part.expert_id)
-            if expert is None or expert.content_hash != part.content_hash:
-                raise BlendError(f"the expert {part.expert_id!r} is not in the pool any more")
-            parts.append((expert, part.weight))
+        parts = blend.weighted(self._experts)
         if blend.method == "exact":
             entry.rank = sum(expert.max_rank for expert, _ in parts)
             return [_Source(expert.content_hash, expert, weight, True) for expert, weight in parts]

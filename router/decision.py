@@ -59,15 +59,8 @@ class Decision:
         weights = [] if fallback else blend_weights(ordered, len(self.experts), self.policy, self.temperature)
         padded = [*weights, *[0.0] * (len(kept) - len(weights))]
         candidates = tuple(one._replace(weight=weight) for one, weight in zip(kept, padded, strict=True))
-        return replace(
-            self,
-            candidates=candidates,
-            experts=candidates[: len(weights)],
-            fallback=fallback,
-            reason=self._reason_among(candidates[0] if kept else None, len(weights), served),
-            margin=ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0) if kept else 0.0,
-            entropy=entropy(ordered, self.temperature) if kept else 0.0,
-        )
+        spread = entropy(ordered, self.temperature) if kept else 0.0
+        return self._over(candidates, ordered, len(weights), spread, served)
 
     def _among_many(self, ranked: Ranked, served: Mapping[str, str]) -> "Decision":
         kept = ranked.among(served)
@@ -75,15 +68,29 @@ class Decision:
         ordered = kept.best(max(asked, 1) + 1)
         fallback = self.fallback or not ordered or ordered[0] < self.threshold
         weights = [] if fallback else blend_weights(ordered, asked, self.policy, self.temperature)
-        candidates = kept.weighted(weights)
+        spread = kept.entropy(self.temperature) if ordered else 0.0
+        return self._over(kept.weighted(weights), ordered, len(weights), spread, served)
+
+    def _over(
+        self,
+        candidates: Sequence[Candidate],
+        ordered: Sequence[float],
+        count: int,
+        spread: float,
+        served: Mapping[str, str],
+    ) -> "Decision":
+        """The same over other candidates, of which the first `count` are chosen; `ordered` are the best
+        scores, `spread` the entropy of all."""
+        best = candidates[0] if ordered else None
+        second = ordered[1] if len(ordered) > 1 else 0.0
         return replace(
             self,
             candidates=candidates,
-            experts=candidates[: len(weights)],
-            fallback=fallback,
-            reason=self._reason_among(candidates[0] if ordered else None, len(weights), served),
-            margin=ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0) if ordered else 0.0,
-            entropy=kept.entropy(self.temperature) if ordered else 0.0,
+            experts=tuple(candidates[:count]),
+            fallback=not count,
+            reason=self._reason_among(best, count, served),
+            margin=ordered[0] - second if ordered else 0.0,
+            entropy=spread,
         )
 
     def _reason_among(self, best: Candidate | None, count: int, served: Mapping[str, str]) -> str:

@@ -183,21 +183,7 @@ class Router:
         fallback = row.blank or ordered[0] < plan.threshold
         weights = [] if fallback else blend_weights(ordered, plan.top_m, plan.policy, plan.temperature)
         candidates = self._candidates(row, order, ordered, weights)
-        experts = candidates[: len(weights)]
-        return Decision(
-            strategy=plan.strategy,
-            policy=plan.policy,
-            temperature=plan.temperature,
-            threshold=plan.threshold,
-            candidates=candidates,
-            experts=experts,
-            fallback=fallback,
-            reason=reason_for(plan.strategy, plan.threshold, candidates[0], len(experts), blank=row.blank),
-            truncated=row.truncated,
-            margin=ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0),
-            entropy=entropy(ordered, plan.temperature),
-            blank=row.blank,
-        )
+        return self._decision(row, plan, ordered, weights, candidates, entropy(ordered, plan.temperature))
 
     def _choose_of_many(self, row: ScoreRow, plan: RoutingPlan) -> Decision:
         """The same with arrays, which pay from some hundred experts on."""
@@ -208,18 +194,31 @@ class Router:
         fallback = row.blank or ordered[0] < plan.threshold
         weights = [] if fallback else blend_weights(ordered, plan.top_m, plan.policy, plan.temperature)
         candidates = ranked.weighted(weights)
+        return self._decision(row, plan, ordered, weights, candidates, ranked.entropy(plan.temperature))
+
+    @staticmethod
+    def _decision(
+        row: ScoreRow,
+        plan: RoutingPlan,
+        ordered: Sequence[float],
+        weights: Sequence[float],
+        candidates: Sequence[Candidate],
+        spread: float,
+    ) -> Decision:
+        """From the best scores in order, the weights of the first (none: the base answers), all candidates,
+        and the entropy of their scores."""
         return Decision(
             strategy=plan.strategy,
             policy=plan.policy,
             temperature=plan.temperature,
             threshold=plan.threshold,
             candidates=candidates,
-            experts=candidates[: len(weights)],
-            fallback=fallback,
+            experts=tuple(candidates[: len(weights)]),
+            fallback=not weights,
             reason=reason_for(plan.strategy, plan.threshold, candidates[0], len(weights), blank=row.blank),
             truncated=row.truncated,
-            margin=ordered[0] - ordered[1],
-            entropy=ranked.entropy(plan.temperature),
+            margin=ordered[0] - (ordered[1] if len(ordered) > 1 else 0.0),
+            entropy=spread,
             blank=row.blank,
         )
 

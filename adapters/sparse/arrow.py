@@ -34,26 +34,24 @@ class ArrowExperts(TokenExperts):
         dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        self._found = [_prototypes(expert, seed) for expert in experts]
+        self._seed = seed
         super().__init__(experts, device=device, dtype=dtype)
-        del self._found
 
-    def _place(self, path: str, members: Sequence[int], pairs: Sequence[LoraPair]) -> ExpertGated:
+    def _read(self, expert: LoraAdapter) -> dict[str, Tensor]:
+        """Prototypes, `[in]` float32; the modules of one shape are iterated together."""
+        found: dict[str, Tensor] = {}
+        for stack in expert.stacks:
+            found.update(zip(stack.modules, prototypes(stack.a, stack.bt.mT, self._seed), strict=True))
+        return found
+
+    def _place(self, pairs: Sequence[LoraPair], found: Sequence[Tensor]) -> ExpertGated:
         return ExpertGated(
             [pair.a.to(self._device, self._dtype) for pair in pairs],
             [pair.b.to(self._device) for pair in pairs],
             [pair.scale for pair in pairs],
-            torch.stack([self._found[i][path] for i in members]).to(self._device),
+            torch.stack(list(found)).to(self._device),
             self._gate(1, 1.0),
         )
 
     def _gate(self, top_k: int, temperature: float) -> ExpertGate:
         return ExpertGate(top_k, temperature, magnitude=True)
-
-
-def _prototypes(expert: LoraAdapter, seed: int) -> dict[str, Tensor]:
-    """Of every module, `[in]` float32; the modules of one shape are iterated together."""
-    found: dict[str, Tensor] = {}
-    for stack in expert.stacks:
-        found.update(zip(stack.modules, prototypes(stack.a, stack.bt.mT, seed), strict=True))
-    return found

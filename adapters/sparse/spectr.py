@@ -12,13 +12,14 @@ authors' code gives each 1/k, which a high temperature comes to.
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from loramux.adapters.lora import LoraAdapter, LoraPair
 from loramux.adapters.sparse.spectral import spectral
 from loramux.adapters.sparse.token_experts import TokenExperts
 from loramux.kernels.gated_lora.gates import ExpertGate, ExpertGated
+
+Factors = tuple[Tensor, Tensor]
 
 
 class SpectrExperts(TokenExperts):
@@ -31,19 +32,15 @@ class SpectrExperts(TokenExperts):
         BaseMismatchError: two experts have other shapes at one module.
     """
 
-    def __init__(
-        self,
-        experts: Sequence[LoraAdapter],
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self._found = [_spectral(expert) for expert in experts]
-        super().__init__(experts, device=device, dtype=dtype)
-        del self._found
+    def _read(self, expert: LoraAdapter) -> dict[str, Factors]:
+        """A* and B*ᵀ of every module, float32; the modules of one shape are decomposed together."""
+        found: dict[str, Factors] = {}
+        for stack in expert.stacks:
+            a, bt = spectral(stack.a, stack.bt)
+            found.update(zip(stack.modules, zip(a.float(), bt.float(), strict=True), strict=True))
+        return found
 
-    def _place(self, path: str, members: Sequence[int], pairs: Sequence[LoraPair]) -> ExpertGated:
-        found = [self._found[i][path] for i in members]
+    def _place(self, pairs: Sequence[LoraPair], found: Sequence[Factors]) -> ExpertGated:
         return ExpertGated(
             [a.to(self._device, self._dtype) for a, _ in found],
             [bt.T.to(self._device) for _, bt in found],
@@ -54,12 +51,3 @@ class SpectrExperts(TokenExperts):
 
     def _gate(self, top_k: int, temperature: float) -> ExpertGate:
         return ExpertGate(top_k, temperature)
-
-
-def _spectral(expert: LoraAdapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """A* and B*ᵀ of every module, float32; the modules of one shape are decomposed together."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for stack in expert.stacks:
-        a, bt = spectral(stack.a, stack.bt)
-        found.update(zip(stack.modules, zip(a.float(), bt.float(), strict=True), strict=True))
-    return found

@@ -1,7 +1,8 @@
 """The experts of a set, on the device, among which every token of every layer chooses; nothing is trained."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -37,11 +38,12 @@ class TokenExperts(ABC):
         self._device = device
         self._dtype = dtype
         self._placed: dict[str, ExpertGated] = {}
+        found = [self._read(expert) for expert in experts]
         for path in sorted({path for expert in experts for path in expert.pairs}):
             members = [i for i, expert in enumerate(experts) if path in expert.pairs]
             pairs = [experts[i].pairs[path] for i in members]
             _check(path, [experts[i].id for i in members], pairs)
-            self._placed[path] = self._place(path, members, pairs)
+            self._placed[path] = self._place(pairs, [found[i][path] for i in members])
 
     @property
     def nbytes(self) -> int:
@@ -60,8 +62,13 @@ class TokenExperts(ABC):
         return SparseSlot(linear, {}, Tally(0, self._device))
 
     @abstractmethod
-    def _place(self, path: str, members: Sequence[int], pairs: Sequence[LoraPair]) -> ExpertGated:
-        """A module with the experts that target it, by their numbers; its gate is replaced by `slot`."""
+    def _read(self, expert: LoraAdapter) -> Mapping[str, Any]:
+        """What is computed of an expert once, by module."""
+
+    @abstractmethod
+    def _place(self, pairs: Sequence[LoraPair], found: Sequence[Any]) -> ExpertGated:
+        """A module with the experts that target it, and what was read of them there; its gate is replaced by
+        `slot`."""
 
     @abstractmethod
     def _gate(self, top_k: int, temperature: float) -> ExpertGate:

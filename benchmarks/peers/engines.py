@@ -120,6 +120,10 @@ class Server(Engine):
     """An engine behind OpenAI's HTTP."""
 
     extras: ClassVar[dict[str, Any]] = {"ignore_eos": True, "stream_options": {"include_usage": True}}
+    #: Which route says that it is ready, and how often that is asked.
+    health: ClassVar[str] = "/health"
+    poll_s: ClassVar[float] = 0.5
+    ready_s: float = 0.0
     _url: str = ""
 
     def command(self, port: int) -> list[str | Path]:
@@ -140,19 +144,20 @@ class Server(Engine):
 
     async def start(self) -> None:
         port = self._choose_port()
+        began = time.monotonic()
         self._spawn(self.command(port), self.environment())
         assert self._process is not None
-        limit = time.monotonic() + START_LIMIT_S
         async with httpx.AsyncClient(base_url=self._url, trust_env=False) as client:
-            while time.monotonic() < limit:
+            while time.monotonic() - began < START_LIMIT_S:
                 if self._process.poll() is not None:
                     raise self._failed(f"ended with status {self._process.returncode}")
                 try:
-                    if (await client.get("/health", timeout=5)).status_code == 200:
+                    if (await client.get(self.health, timeout=5)).status_code == 200:
+                        self.ready_s = time.monotonic() - began
                         return
                 except httpx.TransportError:
                     pass
-                await asyncio.sleep(0.5)
+                await asyncio.sleep(self.poll_s)
         raise self._failed(f"not ready after {START_LIMIT_S:.0f} s")
 
     async def run(self, prompts: Sequence[Prompt], mixtures: Sequence[Mixture], tokens: int) -> Run:
@@ -168,10 +173,10 @@ class Server(Engine):
         return {"model": mixture[0][0] if mixture else BASE_ID}
 
 
-class Loramux(Server):
+class Ours(Server):
+    """loramux, which runs in the environment that this does."""
+
     name = "loramux"
-    can = frozenset({"base", "adapter", "blend"})
-    gib = 3.0
     packages = ("loramux", "torch", "transformers")
 
     @property
@@ -181,6 +186,11 @@ class Loramux(Server):
     @property
     def installed(self) -> bool:
         return True
+
+
+class Loramux(Ours):
+    can = frozenset({"base", "adapter", "blend"})
+    gib = 3.0
 
     def command(self, port: int) -> list[str | Path]:
         return [

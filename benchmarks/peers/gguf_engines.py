@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
 
-from .client import Mixture, Run, drive
-from .engines import CORES, START_LIMIT_S, PeerFailedError, Server
-from .files import PROMPT_TOKENS, Prompt
+from .client import Mixture
+from .engines import CORES, Ours, PeerFailedError, Server
 from .gguf_files import GgufFiles
 
 HERE = Path(__file__).parent
@@ -45,11 +41,10 @@ class Held:
 class GgufServer(Server):
     """A server over the pool that ships."""
 
-    health: ClassVar[str] = "/health"
+    poll_s: ClassVar[float] = 0.02
 
     files: GgufFiles  # type: ignore[assignment]
     started: Held | None = field(default=None, init=False)
-    ready_s: float = field(default=0.0, init=False)
 
     @property
     def label(self) -> str:
@@ -68,32 +63,8 @@ class GgufServer(Server):
         return Held.by(self._process.pid)
 
     async def start(self) -> None:
-        """As `Server.start`, with a closer look at the clock."""
-        began = time.perf_counter()
-        port = self._choose_port()
-        self._spawn(self.command(port), self.environment())
-        assert self._process is not None
-        with httpx.Client(base_url=self._url, trust_env=False, timeout=5) as client:
-            while time.perf_counter() - began < START_LIMIT_S:
-                if self._process.poll() is not None:
-                    raise self._failed(f"ended with status {self._process.returncode}")
-                try:
-                    if client.get(self.health).status_code == 200:
-                        self.ready_s = time.perf_counter() - began
-                        self.started = self.held()
-                        return
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.02)
-        raise self._failed(f"not ready after {START_LIMIT_S:.0f} s")
-
-    async def run(self, prompts: Sequence[Prompt], mixtures: Sequence[Mixture], tokens: int) -> Run:
-        bodies = [
-            {"prompt": prompt.text, "max_tokens": tokens, "temperature": 0, "stream": True}
-            | self.extras | self.selection(mixture)
-            for prompt, mixture in zip(prompts, mixtures, strict=True)
-        ]  # fmt: skip
-        return await drive(self._url, bodies, PROMPT_TOKENS)
+        await super().start()
+        self.started = self.held()
 
     async def say(self, question: str, mixture: Mixture, tokens: int) -> dict[str, Any]:
         """A greedy chat completion with log-probabilities, as the server gives it."""
@@ -110,24 +81,14 @@ class GgufServer(Server):
 
 
 @dataclass
-class LoramuxGguf(GgufServer):
+class LoramuxGguf(GgufServer, Ours):
     """loramux with the pool that ships; `dtype` says which weights.
 
     `file`: as shipped, the blocks of the file. `float32`: the numbers that they stand for. `bfloat16`: those
     numbers rounded to bfloat16, a checkpoint that is left as it is; `bfloat16 widened`: to float32.
     """
 
-    name = "loramux"
-    packages = ("loramux", "torch", "transformers")
     health = "/ready"
-
-    @property
-    def python(self) -> Path:
-        return Path(sys.executable)
-
-    @property
-    def installed(self) -> bool:
-        return True
 
     @property
     def label(self) -> str:

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
 from .client import Run
 from .gguf_engines import MIB, Held
+from .report import table_of
 
 
 @dataclass
@@ -101,20 +101,20 @@ def print_report(found: Found, checked: Mapping[str, str]) -> None:
         "p99 ms",
         "cpu ms",
     )
-    speeds = _table("The pool that ships; cpu ms of the server a token", ("engine", "scenario"), numbers)
+    speeds = table_of("The pool that ships; cpu ms of the server a token", ("engine", "scenario"), numbers)
     for name, measured in found.items():
         for scenario in measured.runs:
             row, each = measured.row(scenario), measured.speeds(scenario)
             figures = [row["tokens_per_second"], min(each), max(each), *list(row.values())[1:]]
             speeds.add_row(name, scenario, *(f"{figure:.1f}" for figure in figures))
     console.print(speeds)
-    goals = _table("Goals", ("what",), ("median", "lowest", "highest", "goal"))
+    goals = table_of("Goals", ("what",), ("median", "lowest", "highest", "goal"))
     for goal, rounds in ratios(found):
         middle = f"{statistics.median(rounds):.2f}"
         what = f"{goal.scenario}: {goal.of} / {goal.to}"
         goals.add_row(what, middle, f"{min(rounds):.2f}", f"{max(rounds):.2f}", f"{goal.least:g}")
     console.print(goals)
-    states = _table("Process", ("engine",), (
+    states = table_of("Process", ("engine",), (
         "ready s", "cpu s", "resident MiB", "share", "after an answer", "share", "at the end", "share",
     ))  # fmt: skip
     for name, measured in found.items():
@@ -148,12 +148,3 @@ def _of_one(measured: Measured) -> dict[str, Any]:
             name: {**measured.row(name), "rounds": measured.speeds(name)} for name in measured.runs
         },
     }
-
-
-def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(title=title)
-    for heading in texts:
-        table.add_column(heading)
-    for heading in numbers:
-        table.add_column(heading, justify="right")
-    return table

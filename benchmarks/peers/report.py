@@ -63,12 +63,14 @@ def _ratio(of: Sequence[Run], to: Sequence[Run]) -> float:
 def print_tables(results: dict[str, Result]) -> None:
     """For people."""
     console = Console(width=None if sys.stdout.isatty() else 140)
-    table = _table(
+    table = table_of(
         "Serving on a CPU", ("engine", "dtype", "scenario"),
         ("tokens/s", "of own base", "of lora off", "loramux ×", "loramux's blends ×",
          "first token p50 ms", "inter-token p50 ms", "inter-token p99 ms"),
     )  # fmt: skip
-    merges = _table("Three experts into one", ("method", "dtype"), ("loramux ms", "peft ms", "times faster"))
+    merges = table_of(
+        "Three experts into one", ("method", "dtype"), ("loramux ms", "peft ms", "times faster")
+    )
     for dtype, result in results.items():
         for row in rows(result.runs):
             off = row["of_base_without_lora"]
@@ -93,7 +95,7 @@ def print_tables(results: dict[str, Result]) -> None:
             console.print(f"{name}, {dtype}: {reason}", markup=False, soft_wrap=True)
 
 
-def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+def table_of(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
     table = Table(title=title)
     for heading in texts:
         table.add_column(heading)

@@ -239,7 +239,7 @@ class RemoteResidency:
 
     async def _write(self, entry: _Entry) -> Written:
         try:
-            parts = self._parts(entry.blend)
+            parts = entry.blend.weighted(self._experts)
             made = await self._writing.run(
                 partial(materialise, entry.blend, parts, self._room.ranks, truncate=self._room.truncate)
             )
@@ -254,15 +254,6 @@ class RemoteResidency:
         finally:
             entry.making = None
             self._unpin(entry)
-
-    def _parts(self, blend: Blend) -> list[tuple[LoraAdapter, float]]:
-        parts = []
-        for part in blend.parts:
-            expert = self._experts.get(part.expert_id)
-            if expert is None or expert.content_hash != part.content_hash:
-                raise BlendError(f"the expert {part.expert_id!r} is not in the pool any more")
-            parts.append((expert, part.weight))
-        return parts
 
     async def _clear(self, wanted: int) -> None:
         """Delete the directories that were used least lately until there is room for so many bytes."""

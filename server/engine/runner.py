@@ -146,8 +146,9 @@ class Runner:
             log.debug("decode steps are called layer by layer: %s", reason)
             return None
         inputs = self._inputs
-        inputs.host_tables[0, :2] = range(len(inputs.host_tables[0, :2]))
-        for place in range(min(2, self._paged.page_size * inputs.host_tables.shape[1])):
+        pages = min(2, inputs.host_tables.shape[1])
+        inputs.host_tables[0, :pages] = range(pages)
+        for place in range(min(2, pages * self._paged.page_size)):
             inputs.host_ids[0] = place
             inputs.host_positions[0] = inputs.host_slots[0] = place
             inputs.host_lengths[0] = place + 1

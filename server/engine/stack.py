@@ -55,6 +55,7 @@ class DecodeStack:
         names = {id(module): name for name, module in model.named_modules()}
         self._modules: list[str] = []
         self._owners: list[object] = []  # whose memory the call reads
+        self._width = self._widest = 0
         self._layers = (Layer * len(stack))(*(self._layer(layer, names) for layer in stack))
         matrices, between = _of(packed_linear), _of(pointwise)
         functions = (
@@ -82,7 +83,7 @@ class DecodeStack:
         made.before_attention, made.before_feed_forward = before.data_ptr(), after.data_ptr()
         self._owners += [before, after]
         self._width = before.shape[0]
-        widths = [self._width]
+        widths = [self._width, self._widest]
         for place, path in _PATHS.items():
             try:
                 linear = layer.get_submodule(path)
@@ -96,7 +97,7 @@ class DecodeStack:
             widths += [linear.in_features, linear.out_features]
             self._modules.append(names[id(linear)])
             self._owners.append(native)
-        self._widest = max([*widths, getattr(self, "_widest", 0)])
+        self._widest = max(widths)
         attention = _part(layer, "self_attn")
         dim = getattr(attention, "head_dim", None)
         if not isinstance(dim, int) or dim <= 0 or dim % paged_attention.LANES:

@@ -61,6 +61,11 @@ class Live:
         return self.parts.shelf.stats().nbytes
 
 
+def random_prompt(length: int) -> tuple[int, ...]:
+    """Bytes, as ids of the tokenizer of bytes."""
+    return tuple(torch.randint(256, (length,)).tolist())
+
+
 @contextmanager
 def live(
     root: Path,

@@ -6,11 +6,10 @@ from typing import Any
 
 import openai
 import pytest
-from pydantic import BaseModel
 
 from tests.http.live import Live, live
-from tests.http.serving import BASE, Served, serving
-from tests.kit import ScriptedEngine
+from tests.http.serving import BASE, Served
+from tests.http.tool_serving import Weather, serving_tools
 from tests.tool_kit import CALL, HERMES, NOW, TOOLS, Speaker
 
 USER = "What is the weather in Rome?"
@@ -27,9 +26,7 @@ def speaker() -> Speaker:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, speaker: Speaker) -> Iterator[Served]:
-    limits = {"max_tools": 4, "max_grammar_bytes": 4096}
-    engine = ScriptedEngine(speaker, max_context=4096)
-    with serving(tmp_path_factory.mktemp("tools"), engine=engine, tokenizer=HERMES, limits=limits) as running:
+    with serving_tools(tmp_path_factory.mktemp("tools"), speaker) as running:
         yield running
 
 
@@ -132,13 +129,6 @@ def test_the_streaming_helper_puts_items_together(served: Served, speaker: Speak
     assert [event.arguments for event in found] == [ARGUMENTS, "{}"]
     assert [item.type for item in final.output] == ["function_call"] * 2
     assert final.output_text == ""
-
-
-class Weather(BaseModel):
-    """Asks for the weather."""
-
-    city: str
-    days: int
 
 
 def test_the_client_parses_arguments_into_its_own_class(served: Served, speaker: Speaker) -> None:

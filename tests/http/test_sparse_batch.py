@@ -14,7 +14,7 @@ import torch
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.peft_format import write_lora
 from loramux.adapters.sparse.model import SparseModel
-from tests.http.live import ARROW, BLEND, LOGO, SPECTR, Live, live
+from tests.http.live import ARROW, BLEND, LOGO, SPECTR, Live, live, random_prompt
 from tests.http.serving import BASE
 from tests.tiny import random_adapter
 from tests.tiny_sparse import mixlora_tensors, random_mixlora, save_mixlora
@@ -37,10 +37,6 @@ KINDS: dict[str, dict[str, Any]] = {
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     with live(tmp_path_factory.mktemp("adapters")) as running:
         yield running
-
-
-def random_prompt(length: int) -> tuple[int, ...]:
-    return tuple(torch.randint(256, (length,)).tolist())
 
 
 def scores(answer: dict[str, Any]) -> list[float]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.http.live import ARROW, LOGO, SPECTR, Live, live
+from tests.http.live import ARROW, LOGO, SPECTR, Live, live, random_prompt
 from tests.http.serving import BASE, EXPERTS, serving
 
 TEXT = "law math code"
@@ -20,10 +20,6 @@ TEXT = "law math code"
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     with live(tmp_path_factory.mktemp("adapters")) as running:
         yield running
-
-
-def random_prompt(length: int) -> tuple[int, ...]:
-    return tuple(torch.randint(256, (length,)).tolist())
 
 
 def heard(server: Live, prompt: tuple[int, ...]) -> Tensor:

@@ -7,10 +7,10 @@ from typing import Any
 
 import openai
 import pytest
-from pydantic import BaseModel
 
 from tests.http.live import Live, live
 from tests.http.serving import BASE, Served, serving
+from tests.http.tool_serving import Weather, serving_tools
 from tests.kit import ScriptedEngine
 from tests.tool_kit import CALL, HERMES, NOW, TOOLS, Speaker, tool_tokenizer
 
@@ -24,11 +24,7 @@ def speaker() -> Speaker:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, speaker: Speaker) -> Iterator[Served]:
-    root = tmp_path_factory.mktemp("tools")
-    limits = {"max_tools": 4, "max_grammar_bytes": 4096}
-    with serving(
-        root, engine=ScriptedEngine(speaker, max_context=4096), tokenizer=HERMES, limits=limits
-    ) as running:
+    with serving_tools(tmp_path_factory.mktemp("tools"), speaker) as running:
         yield running
 
 
@@ -107,13 +103,6 @@ def test_the_streaming_helper_puts_calls_together(served: Served, speaker: Speak
     assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
     assert final.finish_reason == "tool_calls"
     assert [call.function.name for call in final.message.tool_calls or []] == ["get_weather", "now"]
-
-
-class Weather(BaseModel):
-    """Asks for the weather."""
-
-    city: str
-    days: int
 
 
 def test_the_client_parses_arguments_into_its_own_class(served: Served, speaker: Speaker) -> None:
