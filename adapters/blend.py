@@ -8,10 +8,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from loramux.adapters.errors import BlendError
-from loramux.adapters.lora import LoraAdapter
+
+if TYPE_CHECKING:
+    from loramux.adapters.lora import LoraAdapter
 
 DEFAULT_GRID = 0.01
 # The least positive float32: what rounds to nothing on this grid is nothing to the operators either.

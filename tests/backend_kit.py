@@ -1,6 +1,6 @@
 """Experts in front of fake vLLM servers: the parts behind the engine protocol, without HTTP of ours."""
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from loramux.adapters.peft_format import write_lora
 from loramux.server.backend.connection import Connection
 from loramux.server.backend.engine import RemoteEngine
 from loramux.server.backend.fleet import Fleet
-from loramux.server.backend.folders import BlendFolders
+from loramux.server.backend.folders import PREFIX, BlendFolders
 from loramux.server.backend.inspection import SAMPLE, ExpectedBase, inspect_base
 from loramux.server.backend.protocol import AdapterBackend
 from loramux.server.backend.residency import LoadedBlend, RemoteResidency, Room
@@ -30,6 +30,10 @@ from tests.tiny import Answer, random_adapter, tiny_llama
 BASE = "tiny-base"
 RANKS = (1, 8, 16, 32)
 TOKENIZER = byte_tokenizer()
+#: What most requests say.
+PROMPT = (5, 60, 71, 8, 200)
+#: Runs a test on the first servers.
+Run = Callable[..., None]
 
 
 def save_base(folder: Path) -> Path:
@@ -96,12 +100,13 @@ class Behind:
     async def ask(
         self, blend: Blend, prompt: Sequence[int] = (5, 6, 7), tokens: int = 4, **options: Any
     ) -> Answer:
-        """The events of one greedy sequence."""
+        """The events of one greedy sequence; a random model may well want to end, so it is not asked."""
         wanted = {
             "prompt_logprobs": options.pop("prompt_logprobs", None),
             "grammar": options.pop("grammar", None),
         }
-        sampling = Sampling(**{"max_tokens": tokens, "temperature": 0.0, "logprobs": 0, **options})
+        chosen = {"max_tokens": tokens, "temperature": 0.0, "logprobs": 0, "ignore_eos": True, **options}
+        sampling = Sampling(**chosen)
         async with self.residency.lease(blend) as lease:
             work = Work("w", tuple(prompt), sampling, lease.handle, **wanted)
             async with aclosing(self.engine.run(work)) as events:
@@ -139,3 +144,13 @@ def fakes_of(base: Path, count: int = 1) -> Iterator[tuple[list[FakeVllm], list[
     made = [FakeVllm(base, name=BASE) for _ in range(count)]
     with ExitStack() as stack:
         yield made, [stack.enter_context(listening(fake)) for fake in made]
+
+
+def written(found: Behind) -> list[Path]:
+    """The directories of blends."""
+    return sorted(found.folders.root.glob(f"{PREFIX}*"))
+
+
+def loaded_at(fake: FakeVllm) -> list[str]:
+    """The names that it was asked to load."""
+    return [name for action, name in fake.calls if action == "load"]
