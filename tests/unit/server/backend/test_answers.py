@@ -88,8 +88,8 @@ def test_every_parameter_is_sent_so_that_the_servers_defaults_have_no_say(run: R
             "presence_penalty": 0.1, "frequency_penalty": 0.2, "repetition_penalty": 1.1,
             "logit_bias": {9: 3.0}, "stop_token_ids": frozenset({17}),
         }  # fmt: skip
-        one = await found.ask(found.blend(a=1.0), PROMPT, 8, **options)
-        two = await found.ask(found.blend(a=1.0), PROMPT, 8, **options)
+        one = await found.ask(found.blend(a=1.0), PROMPT, 8, ignore_eos=False, **options)
+        two = await found.ask(found.blend(a=1.0), PROMPT, 8, ignore_eos=False, **options)
         assert one.tokens == two.tokens
         assert all(score.logprob is None for score in one.scores)
         body = found.fakes[0].bodies[-1]
