@@ -107,6 +107,19 @@ class Answer:
         return last
 
 
+def same_tokens(answers: Sequence[Answer], alone: Sequence[Answer], tie: float = 1e-4) -> None:
+    """Assert that greedy answers are those of sequences that ran alone with `logprobs=2`, up to where the two
+    best tokens of one alone are nearer than `tie` (natural log): the last bits of a float32 sum, whose order
+    depends on the number of rows, may decide between those."""
+    for number, (answer, expected) in enumerate(zip(answers, alone, strict=True)):
+        for place, (token, score) in enumerate(zip(answer.tokens, expected.scores, strict=True)):
+            if token != score.id:
+                (_, best), (second, next_best) = score.top
+                assert token == second, f"answer {number}, token {place}"
+                assert best - next_best < tie, f"answer {number}, token {place}"
+                break
+
+
 class Rig:
     """A started engine with its residency."""
 
