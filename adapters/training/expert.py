@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from loramux.adapters.adapter_files import CONFIG_FILE, TENSOR_FILE
+from loramux.adapters.training.compute import mark
 from loramux.adapters.training.errors import DivergedError, OptionError
 from loramux.adapters.training.evaluate import loss_per_token
 from loramux.adapters.training.rows import Row
@@ -90,7 +91,7 @@ def train_expert(
         DivergedError: the loss is not a finite number.
     """
     work = Work.of_rows(
-        out, "lora", options, base_id=base_id, base_hash=base_hash, rows=rows, held_out=held_out
+        out, "lora", options, base_id=base_id, base_hash=base_hash + mark(model), rows=rows, held_out=held_out
     )
     if (record := work.finished()) is not None:
         return ExpertReport(**record)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from loramux.adapters.training.compute import wide
+
 
 class Factors(nn.Module):
     """delta_e(x) = scale · B_e A_e x for every expert e, with all ranks in one matrix.
@@ -33,11 +35,11 @@ class Factors(nn.Module):
 
     def shrink(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., experts * rank]`."""
-        return linear(self.dropout(x.float()), self.a)
+        return linear(self.dropout(wide(x)), self.a)
 
     def expand(self, z: Tensor) -> Tensor:
         """`[..., experts * rank]`, gated -> `[..., out]`."""
-        return z @ self.bt * self.scale
+        return (z * self.scale) @ self.bt
 
     def per_rank(self, gate: Tensor) -> Tensor:
         """A gate per expert, `[..., experts]`, as one per rank, `[..., experts * rank]`."""

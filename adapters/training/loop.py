@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from loramux.adapters.training import checkpoint
 from loramux.adapters.training.batches import IGNORED, Batch, Batches
+from loramux.adapters.training.compute import computing
 from loramux.adapters.training.errors import DivergedError, OptionError
 from loramux.adapters.training.progress import Ticker
 
@@ -73,7 +74,8 @@ def token_losses(model: Any, batch: Batch) -> Tensor:
 
     hook = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits = model(input_ids=ids, use_cache=False).logits
+        with computing(model):
+            logits = model(input_ids=ids, use_cache=False).logits
     finally:
         hook.remove()
     targets = batch.targets.to(model.device)[counted]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loramux.adapters.sparse.model import Kind, RankMixture, SparseModel
+from loramux.adapters.training.compute import exact
 from loramux.adapters.training.errors import OptionError
 from loramux.adapters.training.factors import Factors
 from loramux.adapters.training.frozen import check_targets, linears
@@ -79,7 +80,10 @@ class RankGatedLinear(nn.Module):
         y: Tensor = self.base(x)
         z = self.factors.shrink(x)  # [..., rank]
         if self.gated:
-            logits = linear(x.float(), self.router).reshape(*z.shape[:-1], self.experts, -1)  # [..., E, rank]
+            with exact():
+                logits = linear(x.float(), self.router).reshape(
+                    *z.shape[:-1], self.experts, -1
+                )  # [..., E, rank]
             z = z * (logits.softmax(-1).mean(-2) * self.gain)
         return y + self.factors.expand(z).to(y.dtype)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from loramux.adapters.sparse.model import ExpertFactors, ExpertMixture, Kind, SparseModel
+from loramux.adapters.training.compute import exact
 from loramux.adapters.training.errors import OptionError
 from loramux.adapters.training.factors import Factors
 from loramux.adapters.training.frozen import check_targets, linears
@@ -54,7 +55,8 @@ class ExpertGatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        logits = linear(x.float(), self.router)  # [rows, tokens, experts]
+        with exact():
+            logits = linear(x.float(), self.router)  # [rows, tokens, experts]
         if self.training:
             self._log.add(logits)
         gate = self.factors.per_rank(logits.softmax(-1))

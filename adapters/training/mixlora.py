@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from loramux.adapters.sparse.model import (
     MixtureFfn,
     SparseModel,
 )
+from loramux.adapters.training.compute import exact, wide
 from loramux.adapters.training.errors import OptionError
 from loramux.adapters.training.factors import Factors, LoraLinear
 from loramux.adapters.training.frozen import blocks, check_targets, linears
@@ -104,7 +106,8 @@ class MixLoraFfn(nn.Module):
         routed = x.float()
         if self.training and self.jitter:
             routed = routed * torch.empty_like(routed).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits = linear(routed, self.router)  # [rows, tokens, experts]
+        with exact():
+            logits = linear(routed, self.router)  # [rows, tokens, experts]
         if self.training:
             self._log.add(logits)
         probabilities = logits.softmax(-1)
@@ -125,9 +128,9 @@ class MixLoraFfn(nn.Module):
     def _mixture(self, x: Tensor, choices: Tensor, weights: Tensor) -> Tensor:
         """Choices `[k, rows, tokens, experts]` of ones and zeros, weights `[k, rows, tokens]` of sum 1."""
         values = {name: self._first(name, x, choices) for name in self.first}
-        hidden = self._activate(values)  # [k or 1, rows, tokens, ffn] float32
-        weighted = weights[..., None] * hidden
-        y: Tensor = self.base.get_submodule(self.last)(weighted.sum(0).to(x.dtype))
+        hidden = self._activate(values)  # [k or 1, rows, tokens, ffn]
+        weighted = weights[..., None].to(hidden.dtype) * hidden
+        y: Tensor = self.base.get_submodule(self.last)(reduce(torch.add, weighted.unbind(0)).to(x.dtype))
         if self.last in self.factors:
             factors = self._of(self.last)
             z = (factors.shrink(hidden) * factors.per_rank(choices * weights[..., None])).sum(0)
@@ -135,7 +138,7 @@ class MixLoraFfn(nn.Module):
         return y
 
     def _first(self, name: str, x: Tensor, choices: Tensor) -> Tensor:
-        y: Tensor = self.base.get_submodule(name)(x).float()[None]
+        y: Tensor = wide(self.base.get_submodule(name)(x))[None]
         if name not in self.factors:
             return y
         factors = self._of(name)

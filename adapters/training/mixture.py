@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loramux.adapters.sparse.write import write_loracoe, write_loramoe, write_mixlora
 from loramux.adapters.training.batches import Batch
+from loramux.adapters.training.compute import mark
 from loramux.adapters.training.errors import DivergedError
 from loramux.adapters.training.evaluate import loss_per_token
 from loramux.adapters.training.factors import Factors
@@ -97,7 +98,7 @@ def train_mixture(
         f"{type(options).__name__} {dtype}",
         options,
         base_id=base_id,
-        base_hash=base_hash,
+        base_hash=base_hash + mark(model),
         rows=rows,
         held_out=held_out,
     )

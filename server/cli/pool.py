@@ -12,7 +12,7 @@ from loramux.server.cli.commands import help_without_command
 from loramux.server.cli.pool_new import new
 from loramux.server.cli.pool_read import check, list_pools, show
 from loramux.server.cli.rows import Rows
-from loramux.server.cli.training_options import BASE_HELP
+from loramux.server.cli.training_options import BASE_HELP, DTYPE_HELP
 
 app = typer.Typer(
     help="Build, check, list, show and change pools.\n\nExample: loramux pool show",
@@ -59,6 +59,7 @@ def build(
     max_tokens: Annotated[int, typer.Option(min=8, help="Longer rows lose the end of their answer.")] = 512,
     quantization: Annotated[str, typer.Option(help="Of the frozen base: none, nf4 or auto.")] = "none",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     seed: Annotated[int, typer.Option(help="Of clustering and training.")] = 0,
 ) -> None:
     """Embed rows, cluster them, train an expert per cluster, fit the router; run again, it goes on.
@@ -80,6 +81,7 @@ def build(
         held_out=held_out,
         quantization=quantization,
         device=device,
+        dtype=dtype,
         seed=seed,
         expert=ExpertOptions(
             rank=rank,

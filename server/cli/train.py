@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from loramux.server.cli.embedder import embedder
 from loramux.server.cli.rows import Rows
 from loramux.server.cli.train_lora import dora, lora
 from loramux.server.cli.train_mixture import loracoe, loramoe, mixlora
-from loramux.server.cli.training_options import BASE_HELP
+from loramux.server.cli.training_options import BASE_HELP, DTYPE_HELP
 
 app = typer.Typer(
     help="Train a base, an expert, a sparse model or an embedder on JSONL rows.\n\n"
@@ -84,6 +85,7 @@ def expert(
     held_out: Annotated[float, typer.Option(min=0.0, max=0.5, help="Fraction of rows to measure on.")] = 0.02,
     quantization: Annotated[str, typer.Option(help="Of the frozen base: none or nf4.")] = "none",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=DTYPE_HELP)] = "auto",
     seed: Annotated[int, typer.Option(help="Of the first weights and the row order.")] = 0,
 ) -> None:
     """Train one PEFT LoRA on the answers of the rows, as `pool build` does: an expert for a pool.
@@ -112,7 +114,13 @@ def expert(
     )
     kept, unseen = split_held_out(read_rows(data), held_out)
     files = BaseFiles.locate(base)
-    model, tokenizer = load_training_base(files.folder, quantization=quantization, device=device)
+    model, tokenizer = load_training_base(
+        files.folder,
+        quantization=quantization,
+        device=device,
+        dtype=dtype,
+        say=partial(typer.echo, err=True),
+    )
     report = train_expert(
         model,
         tokenizer,

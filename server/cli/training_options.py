@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from loramux.adapters.training.rows import Row
 
 Option = typer.Option
+DTYPE_HELP = "Of products with the base: float32, bfloat16 or auto, on a CPU the faster as measured."
 BASE_HELP = "Base: a model folder, a GGUF file, an installed package with one, or a cached hub id."
 
 
@@ -44,6 +46,7 @@ class Common:
     held_out_rows: Annotated[int, Option(min=0, help="How many of them to measure at most.")] = 200
     quantization: Annotated[str, Option(help="Of the frozen base: none or nf4.")] = "none"
     device: Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")] = "auto"
+    dtype: Annotated[str, Option(help=DTYPE_HELP)] = "auto"
     seed: Annotated[int, Option(min=0, help="Of first weights, row order and noise.")] = 0
 
     @property
@@ -119,7 +122,13 @@ def prepare(common: Common) -> Prepared:
 
     kept, unseen = split_held_out(read_rows(common.data), common.held_out)
     base = BaseFiles.locate(common.base)
-    model, tokenizer = load_training_base(base.folder, quantization=common.quantization, device=common.device)
+    model, tokenizer = load_training_base(
+        base.folder,
+        quantization=common.quantization,
+        device=common.device,
+        dtype=common.dtype,
+        say=partial(typer.echo, err=True),
+    )
     base_id = common.base_id or base.id or common.base
     return Prepared(model, tokenizer, kept, unseen, base_id, base.hash)
 

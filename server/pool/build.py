@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ class BuildOptions:
     file into the pool; otherwise its absolute path is recorded (packages and hub ids are named). encoder: a
     directory, an installed package or a cached hub id; None trains a static one on the rows. experts: number
     of clusters asked for; those with fewer than `min_rows` rows are dissolved. held_out: fraction of the rows
-    that nothing is trained on.
+    that nothing is trained on. dtype: as `load_training_base` has it.
     """
 
     base: str
@@ -48,6 +50,7 @@ class BuildOptions:
     held_out: float = 0.02
     quantization: str = "none"
     device: str = "auto"
+    dtype: str = "auto"
     seed: int = 0
     expert: ExpertOptions = field(default_factory=ExpertOptions)
     embedder: EmbedderOptions = field(default_factory=EmbedderOptions)
@@ -75,7 +78,11 @@ def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildR
     base = BaseFiles.locate(options.base)
     base_id = options.base_id or base.id or Path(options.base).resolve().name
     model, tokenizer = load_training_base(
-        base.folder, quantization=options.quantization, device=options.device
+        base.folder,
+        quantization=options.quantization,
+        device=options.device,
+        dtype=options.dtype,
+        say=partial(print, file=sys.stderr),
     )
     stages = Stages(out.with_name(out.name + ".work"))
     location: str | Path = options.encoder or trained_encoder(

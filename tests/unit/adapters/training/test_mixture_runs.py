@@ -217,3 +217,16 @@ def test_a_dora_is_trained_by_peft_with_magnitudes(opened, tmp_path):
     tensors = load_file(tmp_path / "dora" / "adapter_model.safetensors")
     assert len([key for key in tensors if "magnitude" in key]) == 14
     assert json.loads((tmp_path / "dora" / "adapter_config.json").read_text())["use_dora"] is True
+
+
+def test_computing_in_bfloat16_is_another_run_that_learns_as_much(base, tmp_path):
+    options, said = OPTIONS["mixlora"], []
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        model, tokenizer = load_training_base(str(base), device="cpu", dtype=dtype, say=said.append)
+        report = train_mixture(model, tokenizer, ROWS, UNSEEN, tmp_path / "one", options, base_id="b")
+        assert report.loss < report.base_loss - 0.05
+        losses[dtype] = report.loss
+        assert said[-1] == f"training computes in {dtype}: as asked"
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], abs=0.02)
