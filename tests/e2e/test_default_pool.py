@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -61,6 +62,22 @@ def test_an_expert_answers_what_the_base_cannot(server: Server, text: str) -> No
     assert routed["loramux"]["route"]["experts"][0]["id"] == expert
     assert said(routed) == expected
     assert said(ask(server, text, BASE)) != expected
+
+
+@pytest.mark.parametrize("model", ["mixlora", "loracoe"])
+def test_a_sparse_model_answers_what_the_base_cannot(server: Server, model: str) -> None:
+    """Beside the experts under a name of its own; every token chooses inside it, and no router is asked."""
+    listed = {one["id"]: one for one in httpx.get(f"{server.url}/v1/models").json()["data"]}
+    assert listed[model]["loramux"]["kind"] == model
+    text = "What is the total number of wins when the team is Arsenal?"
+    answer = ask(server, text, model)
+    assert answer["model"] == model
+    assert said(answer).startswith("SELECT ")
+    assert not said(ask(server, text, BASE)).startswith("SELECT ")
+
+
+def test_the_pool_fits_into_40_megabytes() -> None:
+    assert sum(file.stat().st_size for file in DEFAULT_POOL.rglob("*") if file.is_file()) < 40e6
 
 
 def test_the_base_answers_what_no_expert_is_for(server: Server) -> None:
