@@ -46,7 +46,7 @@ from loramux.server.pool.experts import measure_experts, read_experts
 from loramux.server.pool.facts import read_facts
 from loramux.server.pool.manifest import MANIFEST, Pool
 from loramux.server.pool.routing import load_pool_router, open_pool
-from loramux.server.pool.sparse import measure_sparse_models, read_sparse_models
+from loramux.server.pool.sparse import measure_sparse_models, read_sparse_models, reread_sparse_model
 from loramux.server.settings import Settings, api_keys
 from loramux.server.text.prompts import ChatTokenizer
 from loramux.server.traces import make_traces
@@ -127,7 +127,11 @@ def build_core(settings: Settings, pool: Pool, *, among: int = 1) -> Core:
     sparse = read_sparse_models(pool, shapes, target.dtype)
     allowance = Allowance(settings.residency.sparse_bytes + sum(one.nbytes for one in sparse))
     placing = partial(place_model, layers=layers, device=model.device, dtype=target.dtype)
-    shelf = Shelf(placing, sparse, allowance)
+    # On a CPU they would lie beside the files' pages for nothing until one is asked for; on a device their
+    # memory is set apart anyway, and a first request that reads files would be slow.
+    waits = target.device.type == "cpu"
+    again = partial(reread_sparse_model, pool, shapes, target.dtype)
+    shelf = Shelf(placing, sparse, allowance, again if waits else None)
     mixtures = TokenMixtures(partial(token_experts, device=model.device, dtype=target.dtype), allowance)
     return Core(
         base=pool.manifest.base.id,

@@ -1,5 +1,6 @@
 """The sparse models that are served: placed on the device when they come, freed after their last lease."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ class SparseCard:
     Attributes:
         rank: the largest rank of any of its factors.
         modules: linear modules and feed-forward blocks that it changes.
-        nbytes: of its tensors on the device.
+        nbytes: of its tensors, on the device when they are there.
     """
 
     id: str
@@ -45,17 +46,19 @@ class SparseStats:
 @dataclass(eq=False)
 class _Placed:
     card: SparseCard
-    handle: Handle
-    slot: SparseSlot
+    key: str
+    slot: SparseSlot | None
     taken: int
     pins: int = 0
+    coming: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Shelf:
     """Sparse models by id. Only placing one, which may copy gigabytes, leaves the event loop.
 
     `place` puts a model's tensors on the device, within the `allowance`. All models of the shelf stay there:
-    they are few, and chosen by the operator.
+    they are few, and chosen by the operator. With `reread`, which reads the model of an id again, those that
+    are given at the start come to the device with their first request; their room is theirs from the start.
 
     Raises:
         BlendError: the allowance is too small for `models`.
@@ -66,8 +69,10 @@ class Shelf:
         place: Callable[[SparseModel], SparseSlot],
         models: Iterable[SparseModel] = (),
         allowance: Allowance | None = None,
+        reread: Callable[[str], SparseModel] | None = None,
     ) -> None:
         self._place = place
+        self._reread = reread
         self._allowance = allowance or Allowance()
         self._placed: dict[str, _Placed] = {}
         self._leaving: set[_Placed] = set()
@@ -75,7 +80,7 @@ class Shelf:
         self._placing = QuietThreads("loramux-place")
         for model in models:
             self._take(model)
-            self._put(model, place(model))
+            self._put(model, place(model) if reread is None else None)
 
     @property
     def cards(self) -> Mapping[str, SparseCard]:
@@ -114,7 +119,8 @@ class Shelf:
         """Hold a model on the device until the context ends.
 
         Raises:
-            BlendError: there is no such model (any more).
+            BlendError: there is no such model (any more), or its files have changed since the start.
+            AdapterError: its files cannot be read any more.
         """
         placed = self._placed.get(id)
         if placed is None:
@@ -122,7 +128,8 @@ class Shelf:
         placed.pins += 1
         card = placed.card
         try:
-            yield Lease(placed.handle.key, card.kind, placed.handle, card.rank, 0.0, True, 0.0)
+            slot = placed.slot or await self._settle(placed)
+            yield Lease(placed.key, card.kind, Handle(placed.key, slot), card.rank, 0.0, True, 0.0)
         finally:
             placed.pins -= 1
             self._free(placed)
@@ -130,8 +137,8 @@ class Shelf:
     def stats(self) -> SparseStats:
         held = (*self._placed.values(), *self._leaving)
         return SparseStats(
-            nbytes=sum(placed.card.nbytes for placed in held),
-            loads={id: placed.slot.load() for id, placed in self._placed.items()},
+            nbytes=sum(placed.card.nbytes for placed in held if placed.slot is not None),
+            loads={id: one.slot.load() for id, one in self._placed.items() if one.slot is not None},
         )
 
     def check_integrity(self) -> None:
@@ -152,7 +159,21 @@ class Shelf:
         if id in self._placed:
             raise BlendError(f"a sparse model with the id {id!r} is loaded already; unload it first")
 
-    def _put(self, model: SparseModel, slot: SparseSlot) -> SparseCard:
+    async def _settle(self, placed: _Placed) -> SparseSlot:
+        """Bring a model to the device that waited for its first request."""
+        async with placed.coming:
+            if placed.slot is None:
+                placed.slot = await self._placing.run(self._read_and_place, placed.card)
+            return placed.slot
+
+    def _read_and_place(self, card: SparseCard) -> SparseSlot:
+        assert self._reread is not None
+        model = self._reread(card.id)
+        if model.content_hash != card.content_hash:
+            raise BlendError(f"the files of sparse model {card.id!r} have changed since the server started")
+        return self._place(model)
+
+    def _put(self, model: SparseModel, slot: SparseSlot | None) -> SparseCard:
         self._refuse_taken(model.id)
         key = sha256(f"{model.kind} {model.content_hash}".encode()).hexdigest()[:32]
         card = SparseCard(
@@ -161,17 +182,18 @@ class Shelf:
             content_hash=model.content_hash,
             rank=largest_rank(model),
             modules=len(model.plain) + len(model.linear) + len(model.ffn),
-            nbytes=slot.nbytes,
+            nbytes=model.nbytes if slot is None else slot.nbytes,
             summary=model.summary,
         )
-        self._placed[model.id] = _Placed(card, Handle(key, slot), slot, model.nbytes)
+        self._placed[model.id] = _Placed(card, key, slot, model.nbytes)
         self._cards[model.id] = card
         return card
 
     def _free(self, placed: _Placed) -> None:
         if placed in self._leaving and not placed.pins:
             self._leaving.discard(placed)
-            placed.slot.release()
+            if placed.slot is not None:
+                placed.slot.release()
             self._allowance.give(placed.taken)
 
 

@@ -23,6 +23,15 @@ def read_sparse_models(
     return tuple(read_entry(pool, entry, shapes, dtype) for entry in pool.manifest.sparse)
 
 
+def reread_sparse_model(pool: Pool, shapes: BaseShapes, dtype: torch.dtype | None, id: str) -> SparseModel:
+    """The sparse model of an id, as the manifest that was read has it.
+
+    Raises:
+        AdapterError: as `read_entry`.
+    """
+    return read_entry(pool, next(entry for entry in pool.manifest.sparse if entry.id == id), shapes, dtype)
+
+
 def measure_sparse_models(pool: Pool, shapes: BaseShapes) -> dict[str, SparseSize]:
     """What every sparse model will hold in memory, from the headers of its files.
 

@@ -179,3 +179,51 @@ def test_the_rank_is_the_largest_of_any_factors() -> None:
     )
     assert largest_rank(found) == 7
     assert largest_rank(SparseModel("a", Kind.MOLA, "sha256:a")) == 0
+
+
+@on_a_loop
+async def test_a_model_that_waits_is_read_and_placed_once_by_its_first_requests() -> None:
+    first, read = model("a"), list[str]()
+
+    def again(id: str) -> SparseModel:
+        read.append(id)
+        return first
+
+    allowance = Allowance(first.nbytes)
+    shelf = Shelf(Placed, [first], allowance, again)
+    assert shelf.cards["a"].content_hash == "sha256:a"
+    assert (read, shelf.stats().nbytes, dict(shelf.stats().loads)) == ([], 0, {})
+    assert not allowance.has(1)  # its room is set apart
+
+    async def ask() -> object:
+        async with shelf.lease("a") as lease:
+            return lease.handle.slot
+
+    slots = await asyncio.gather(*(ask() for _ in range(5)))
+    assert read == ["a"]
+    assert all(slot is slots[0] for slot in slots)
+    assert shelf.stats().loads == {"a": ExpertLoad((1, 2), 0.5)}
+    shelf.remove("a")
+    assert slots[0].released
+    assert allowance.has(first.nbytes)
+    shelf.check_integrity()
+
+
+@on_a_loop
+async def test_a_model_that_waited_and_changed_meanwhile_is_refused() -> None:
+    shelf = Shelf(Placed, [model("a")], None, lambda id: model(id, "other"))
+    for _ in range(2):
+        with pytest.raises(BlendError, match="files of sparse model 'a' have changed"):
+            async with shelf.lease("a"):
+                raise AssertionError("never held")
+    shelf.remove("a")
+    shelf.check_integrity()
+
+
+@on_a_loop
+async def test_a_model_that_never_came_can_go() -> None:
+    allowance = Allowance()
+    shelf = Shelf(Placed, [model("a")], allowance, model)
+    shelf.remove("a")
+    assert allowance.taken == 0
+    assert not shelf.cards
