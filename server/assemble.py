@@ -15,10 +15,15 @@ def assemble(settings: Settings) -> Parts:
     Raises:
         StartError, AdapterError, RouterError: one line that names the file or setting at fault.
     """
+    refuse_both(settings)
+    if settings.backend.urls:
+        return build_front(settings)
+    return build_edge(settings) if settings.replicas else build(settings)
+
+
+def refuse_both(settings: Settings) -> None:
+    """Raises `StartError` where both replicas and backends are to generate."""
     if settings.backend.urls and settings.replicas:
         raise StartError(
             "replicas are processes of this server and generate: set either replicas or backend.urls"
         )
-    if settings.backend.urls:
-        return build_front(settings)
-    return build_edge(settings) if settings.replicas else build(settings)

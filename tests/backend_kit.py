@@ -20,7 +20,8 @@ from loramux.server.backend.fleet import Fleet
 from loramux.server.backend.folders import PREFIX, BlendFolders
 from loramux.server.backend.inspection import SAMPLE, ExpectedBase, inspect_base
 from loramux.server.backend.protocol import AdapterBackend
-from loramux.server.backend.residency import LoadedBlend, RemoteResidency, Room
+from loramux.server.backend.residency import LoadedBlend, RemoteResidency
+from loramux.server.backend.room import Room
 from loramux.server.backend.vllm import EndTokens, VllmBackend
 from loramux.server.engine.protocol import Sampling, Work
 from tests.fake_vllm import FakeVllm, listening

@@ -58,6 +58,10 @@ class FakeVllm:
     def app(self) -> ASGIApp:
         app = FastAPI()
 
+        @app.get("/health")
+        def health() -> Response:
+            return Response() if self.refuse != 503 else error(503, "the engine is dead")
+
         @app.get("/version")
         def version() -> dict[str, str]:
             return {"version": self.version}
@@ -226,7 +230,10 @@ def error(status: int, message: str) -> Response:
 @contextmanager
 def listening(server: FakeVllm, port: int = 0) -> Iterator[str]:
     """The server on a free port, or a given one, in a thread of its own; its address."""
-    config = uvicorn.Config(server.app(), port=port, log_level="critical", lifespan="off")
+    # A connection that is accepted while it ends would be waited for.
+    config = uvicorn.Config(
+        server.app(), port=port, log_level="critical", lifespan="off", timeout_graceful_shutdown=1
+    )
     runner = uvicorn.Server(config)
     thread = threading.Thread(target=runner.run, daemon=True)
     thread.start()

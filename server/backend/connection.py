@@ -11,13 +11,15 @@ from loramux.server.backend.errors import BackendDown, BackendError
 CONNECT_SECONDS = 5.0
 _MESSAGE_CHARACTERS = 300
 _UNAVAILABLE = (502, 503, 504)
+_NO_KEY = (401, 403)
 
 
 class Refused(BackendError):
     """An answer with an error status."""
 
     def __init__(self, url: str, path: str, status: int, message: str) -> None:
-        super().__init__(f"backend {url}: {path} answered {status}: {message}")
+        way = "name its key in backend.api_key" if status in _NO_KEY else ""
+        super().__init__(f"backend {url}: {path} answered {status}: {message}", way)
         self.status = status
         self.message = message
 
@@ -56,6 +58,10 @@ class Connection:
         """
         return await self._ask("GET", path, None)
 
+    async def reach(self, path: str) -> None:
+        """As `get`, whatever the answer holds."""
+        await self._send("GET", path, None)
+
     async def post(self, path: str, body: Mapping[str, object]) -> Any:
         """As `get`; `None` where the answer is not JSON."""
         return await self._ask("POST", path, body)
@@ -82,13 +88,17 @@ class Connection:
         except httpx.TransportError as error:
             raise self._down(error) from None
 
-    async def _ask(self, method: str, path: str, body: Mapping[str, object] | None) -> Any:
+    async def _send(self, method: str, path: str, body: Mapping[str, object] | None) -> httpx.Response:
         try:
             response = await self._open_client().request(method, path, json=body)
         except httpx.TransportError as error:
             raise self._down(error) from None
         if response.is_error:
             raise self._refused(path, response)
+        return response
+
+    async def _ask(self, method: str, path: str, body: Mapping[str, object] | None) -> Any:
+        response = await self._send(method, path, body)
         try:
             return response.json()
         except ValueError:

@@ -40,7 +40,7 @@ class RemoteEngine(Generic[Server]):
         handles: the kind of handle that the residency gives out.
         max_context: tokens of prompt and answer that every backend takes.
         most: sequences under way at once; one more is `EngineOverloaded`.
-        patience: seconds between two looks at backends that are down.
+        patience: seconds between two looks at a backend.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class RemoteEngine(Generic[Server]):
         self._max_context = max_context
         self._most = most
         self._patience = patience
-        self._looking: asyncio.Task[None] | None = None
+        self._looking: list[asyncio.Task[None]] = []
         self._open = False
         self._running = self._waiting = self._prefill = self._decoded = 0
 
@@ -82,14 +82,15 @@ class RemoteEngine(Generic[Server]):
             await self._fleet.close()
             raise problems[0]
         self._open = True
-        self._looking = asyncio.create_task(self._look_after())
+        self._looking = [asyncio.create_task(self._look_after(member)) for member in self._fleet.members]
 
     async def stop(self, timeout: float) -> None:  # noqa: ARG002
         """End. Whatever still runs finds its connection closed; the pipeline has waited before."""
         self._open = False
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.wait([self._looking])
+        for task in self._looking:
+            task.cancel()
+        if self._looking:
+            await asyncio.wait(self._looking)
         await self._fleet.close()
 
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
@@ -126,6 +127,7 @@ class RemoteEngine(Generic[Server]):
             waiting=self._waiting,
             prefill_tokens=self._prefill,
             decode_tokens=self._decoded,
+            stalled=self._fleet.stalled(),
         )
 
     async def _attempts(self, work: Work, handle: RemoteHandle[Server] | None) -> AsyncGenerator[Event]:
@@ -162,8 +164,9 @@ class RemoteEngine(Generic[Server]):
         await self._fleet.known(member)
         return {} if handle is None else await handle.mixture(member)
 
-    async def _look_after(self) -> None:
-        """Backends that come back get their share again, also while others do without them."""
+    async def _look_after(self, member: Member[Server]) -> None:
+        """One that comes back gets its share again, also while others do without it; one that is gone is
+        missed before a request has to find out."""
         while True:
             await asyncio.sleep(self._patience)
-            await self._fleet.look_again()
+            await self._fleet.look(member)

@@ -10,7 +10,12 @@ from loramux.server.engine.protocol import EngineError
 
 
 class BackendError(EngineError):
-    """The backend refused or failed."""
+    """The backend refused or failed; `way` is what the operator can do, and part of the message."""
+
+    def __init__(self, message: str, way: str = "") -> None:
+        super().__init__(f"{message}; {way}" if way else message)
+        self.what = message
+        self.way = way
 
 
 class BackendDown(BackendError):

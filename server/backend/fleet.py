@@ -123,9 +123,22 @@ class Fleet(Generic[Server]):
         wrong = [error for error in problems if not isinstance(error, BackendDown)]
         return wrong[0] if wrong else BackendDown("; ".join(map(str, problems)))
 
-    async def look_again(self) -> None:
-        """Ask those that are down whether they are back."""
-        for member in self.members:
-            if member.down is not None:
-                with suppress(BackendError):
-                    await self.known(member)
+    def stalled(self) -> str | None:
+        """What is wrong with each, where none can be used now."""
+        reasons = [member.down for member in self.members if member.down is not None]
+        if len(reasons) < len(self.members):
+            return None
+        return f"no backend can be used: {'; '.join(reasons)}"
+
+    async def look(self, member: Member[Server]) -> None:
+        """Ask one that is down whether it is back, and any other whether it is still there."""
+        if member.down is not None:
+            with suppress(BackendError):
+                await self.known(member)
+            return
+        try:
+            await member.server.alive()
+        except BackendDown as error:
+            member.lost(str(error))
+        except BackendError:
+            pass  # it answers

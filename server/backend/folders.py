@@ -23,6 +23,10 @@ _FACTS_FILE = "loramux.json"
 _UNFINISHED = ".writing-"
 
 
+class FolderInUse(StartError):
+    """Another process has it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """A blend on the disk: what was made of it (`Materialised`), and its bytes."""
@@ -44,7 +48,7 @@ class BlendFolders:
         there: the same folder as the backends see it.
 
     Raises:
-        StartError: it cannot be used, or another process uses it.
+        StartError: it cannot be used; `FolderInUse` where another process uses it.
     """
 
     def __init__(self, root: Path, *, there: str | None = None) -> None:
@@ -57,7 +61,7 @@ class BlendFolders:
             self._lock.acquire(timeout=0)
             self._take_over()
         except Timeout:
-            raise StartError(
+            raise FolderInUse(
                 f"backend.folder {root} is in use by another loramux; give each its own"
             ) from None
         except OSError as error:

@@ -26,8 +26,9 @@ from loramux.server.backend.fleet import Fleet
 from loramux.server.backend.folders import PREFIX, BlendFolders, Written
 from loramux.server.backend.inspection import SAMPLE, ExpectedBase, inspect_adapters, inspect_base
 from loramux.server.backend.protocol import AdapterBackend, BackendFacts
-from loramux.server.backend.residency import LoadedBlend, RemoteResidency, Room
-from loramux.server.backend.vllm import RANKS, EndTokens, VllmBackend
+from loramux.server.backend.residency import LoadedBlend, RemoteResidency
+from loramux.server.backend.room import Room
+from loramux.server.backend.vllm import EndTokens, VllmBackend
 from loramux.server.base_files import BaseFiles
 from loramux.server.build import base_files, fingerprint, load_tokenizer, read_adapter
 from loramux.server.connect import connect
@@ -66,30 +67,21 @@ def build_front(settings: Settings) -> Parts:
     blueprint = Blueprint.read(files.folder)
     shapes = blueprint.shapes(pool.manifest.base.id)
     tokenizer = load_tokenizer(files.folder)
-    ends = end_tokens(files.folder)
-    grammars = Grammars(tokenizer, sorted(ends), blueprint.vocabulary)
+    ends = end_tokens(files.folder, tokenizer)
+    grammars = Grammars(tokenizer, sorted(ends.answer), blueprint.vocabulary)
     dtype = DTYPES.get(settings.dtype)
     experts = read_experts(pool, shapes, dtype)
     folders = BlendFolders(blend_folder(chosen.folder), there=chosen.folder_there)
     expected = expected_base(settings, pool, files, tokenizer)
-    own = tokenizer.eos_token_id
-    grammar_ends = ends or frozenset([] if own is None else [own])
-    fleet = vllm_fleet(
-        settings, expected, ends, grammar_ends, probes(folders, experts, shapes, chosen.max_lora_rank)
-    )
+    fleet = vllm_fleet(settings, expected, ends, probes(folders, experts, shapes, chosen.max_lora_rank))
     try:
         facts = asyncio.run(first_look(fleet))
     except BackendError as error:
         folders.close()
         raise StartError(str(error)) from None
-    room = Room(
-        ranks=tuple(rank for rank in RANKS if rank <= chosen.max_lora_rank),
-        adapters=chosen.max_cpu_loras,
-        nbytes=chosen.bytes,
-        truncate=chosen.too_wide == "svd",
-    )
+    room = Room.of(chosen)
     residency = RemoteResidency(experts, fleet, folders, room, base=pool.manifest.base.id)
-    warn_of_width(residency, experts, settings.routing.top_m, chosen.max_lora_rank)
+    warn_of_width(experts, settings.routing.top_m, room)
     most = len(fleet.members) * settings.engine.max_running + settings.engine.max_waiting
     context = min(blueprint.positions, *(one.max_context for one in facts))
     engine = RemoteEngine(fleet, LoadedBlend, max_context=context, most=most)
@@ -138,8 +130,7 @@ def refuse_strategy(strategy: str) -> None:
 def vllm_fleet(
     settings: Settings,
     expected: ExpectedBase,
-    ends: frozenset[int],
-    grammar_ends: frozenset[int],
+    ends: EndTokens,
     probe_paths: Mapping[str, str],
 ) -> Fleet[AdapterBackend]:
     """The servers that the settings name, and how each is inspected."""
@@ -153,8 +144,7 @@ def vllm_fleet(
         return facts
 
     servers: list[AdapterBackend] = [
-        VllmBackend(Connection(url, key=key, seconds=chosen.silent_seconds), EndTokens(ends, grammar_ends))
-        for url in chosen.urls
+        VllmBackend(Connection(url, key=key, seconds=chosen.silent_seconds), ends) for url in chosen.urls
     ]
     return Fleet(servers, inspect)
 
@@ -227,8 +217,9 @@ def expected_base(settings: Settings, pool: Pool, files: BaseFiles, tokenizer: C
     )
 
 
-def end_tokens(folder: str) -> frozenset[int]:
-    """The tokens that end an answer of the base, as its files say."""
+def end_tokens(folder: str, tokenizer: ChatTokenizer) -> EndTokens:
+    """The tokens that end an answer of the base, as its files say, and a grammar, for which the tokenizer's
+    own will do."""
     try:
         config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except OSError:
@@ -236,7 +227,9 @@ def end_tokens(folder: str) -> frozenset[int]:
             AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         )
     eos = config.eos_token_id
-    return frozenset([eos] if isinstance(eos, int) else eos or ())
+    ends = frozenset([eos] if isinstance(eos, int) else eos or ())
+    own = tokenizer.eos_token_id
+    return EndTokens(ends, ends or frozenset([] if own is None else [own]))
 
 
 def blend_folder(given: Path | None) -> Path:
@@ -247,9 +240,7 @@ def blend_folder(given: Path | None) -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "loramux" / "blends"
 
 
-def warn_of_width(
-    residency: RemoteResidency, experts: Mapping[str, LoraAdapter], top_m: int, limit: int
-) -> None:
+def warn_of_width(experts: Mapping[str, LoraAdapter], top_m: int, room: Room) -> None:
     """Say before the first request whether routed blends will be exact.
 
     Raises:
@@ -257,15 +248,8 @@ def warn_of_width(
     """
     try:
         for expert in experts.values():
-            residency.refuse_wide(expert)
+            room.refuse(expert)
     except BlendError as error:
         raise StartError(str(error)) from None
-    widest = sum(sorted((expert.max_rank for expert in experts.values()), reverse=True)[:top_m])
-    if widest > limit:
-        log.warning(
-            "blends of %d experts have rank up to %d and the backends take %d: such a blend is %s; start "
-            "them with --max-lora-rank %d and set backend.max_lora_rank to have it exact",
-            top_m, widest, limit,
-            "approximated, with its error in the answer" if residency.truncates else "refused",
-            next((rank for rank in RANKS if rank >= widest), RANKS[-1]),
-        )  # fmt: skip
+    if (narrow := room.narrow(experts.values(), top_m)) is not None:
+        log.warning("%s; %s", *narrow)

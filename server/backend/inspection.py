@@ -80,8 +80,8 @@ def _check_name(url: str, facts: BackendFacts, base: ExpectedBase) -> None:
     if not base.trusted and not base.names & {facts.base, facts.root, folder.name}:
         raise BackendError(
             f"backend {url}: it serves {facts.base!r} (from {facts.root or 'an unnamed place'}), and the "
-            f"pool is for {ours!r}; if they are the same, start it with --served-model-name {ours} or set "
-            "backend.any_base"
+            f"pool is for {ours!r}",
+            f"if they are the same, start it with --served-model-name {ours} or set backend.any_base",
         )
 
 
@@ -106,10 +106,11 @@ async def _check_answers(server: Backend, facts: BackendFacts, prompt: tuple[int
     if [score.id for score in scores] != [pushed] or scores[0].logprob is None:
         raise BackendError(
             f"backend {server.url}: {facts.kind} {facts.version} does not report tokens and "
-            "log-probabilities as asked; loramux knows vLLM from 0.10.2 on"
+            "log-probabilities as asked",
+            "loramux knows vLLM from 0.10.2 on",
         )
     if scores[0].logprob > _CERTAIN:
         raise BackendError(
-            f"backend {server.url}: its log-probabilities are taken after the sampling parameters; start it "
-            "with --logprobs-mode raw_logprobs"
+            f"backend {server.url}: its log-probabilities are taken after the sampling parameters",
+            "start it with --logprobs-mode raw_logprobs",
         )

@@ -43,6 +43,10 @@ class Backend(Protocol):
         """End all connections."""
         ...
 
+    async def alive(self) -> None:
+        """Nothing, where it answers."""
+        ...
+
     async def facts(self) -> BackendFacts:
         """What it is, and what it has loaded."""
         ...

@@ -21,27 +21,11 @@ from loramux.server.backend.errors import BackendDown, BackendError
 from loramux.server.backend.fleet import Fleet, Member
 from loramux.server.backend.folders import PREFIX, BlendFolders, Written
 from loramux.server.backend.protocol import AdapterBackend
+from loramux.server.backend.room import Room
 
 log = logging.getLogger("loramux")
 
 _FIXED_BYTES = 64 * 2**10
-
-
-@dataclass(frozen=True, slots=True)
-class Room:
-    """What the backends take.
-
-    Attributes:
-        ranks: of one adapter, ascending.
-        adapters: by name on one server, kept below what its cache holds, so that it never drops one itself.
-        nbytes: of all directories on the disk.
-        truncate: blends that are too wide are approximated; else they are refused.
-    """
-
-    ranks: tuple[int, ...]
-    adapters: int
-    nbytes: int
-    truncate: bool = True
 
 
 @dataclass(eq=False)
@@ -100,11 +84,6 @@ class RemoteResidency:
     def experts(self) -> Mapping[str, LoraAdapter]:
         """Every expert of the pool by id."""
         return self._experts
-
-    @property
-    def truncates(self) -> bool:
-        """Whether blends that are too wide are approximated."""
-        return self._room.truncate
 
     @asynccontextmanager
     async def lease(self, blend: Blend) -> AsyncIterator[Lease]:
@@ -167,17 +146,8 @@ class RemoteResidency:
         """
         if expert.id in self._experts:
             raise BlendError(f"an expert with the id {expert.id!r} is loaded already; unload it first")
-        self.refuse_wide(expert)
+        self._room.refuse(expert)
         self._experts[expert.id] = expert
-
-    def refuse_wide(self, expert: LoraAdapter) -> None:
-        """Raises `BlendError` where an expert alone is too wide and may not be truncated."""
-        limit = self._room.ranks[-1]
-        if expert.max_rank > limit and not self._room.truncate:
-            raise BlendError(
-                f"expert {expert.id!r} has rank {expert.max_rank} and the backends take {limit}; start them "
-                "with a larger --max-lora-rank, or set backend.too_wide to svd"
-            )
 
     def remove_expert(self, expert_id: str) -> None:
         """Serve an expert no more; requests that run keep it. Its blends go when others need the room.

@@ -63,6 +63,9 @@ class VllmBackend:
     async def close(self) -> None:
         await self._http.close()
 
+    async def alive(self) -> None:
+        await self._http.reach("/health")
+
     async def facts(self) -> BackendFacts:
         version = await self._get("/version", "version")
         cards = await self._get("/v1/models", "data")
@@ -144,7 +147,7 @@ class VllmBackend:
         ids = choice.get("token_ids")
         if ids is None:
             raise BackendError(
-                f"backend {self.url}: answers have no token_ids; vLLM 0.10.2 or newer is needed"
+                f"backend {self.url}: answers have no token_ids", "vLLM 0.10.2 or newer is needed"
             )
         if wanted is None:
             return [TokenScore(token) for token in ids]
@@ -232,15 +235,15 @@ class VllmBackend:
             way = "set backend.max_lora_rank to its --max-lora-rank"
         else:
             return error
-        return BackendError(f"{error}; {way}")
+        return BackendError(str(error), way)
 
     async def _get(self, path: str, key: str) -> Any:
         try:
             found = await self._http.get(path)
         except Refused as error:
-            raise BackendError(f"{error}; is it vLLM?") from None
+            raise BackendError(error.what, error.way or "is it vLLM?") from None
         if not isinstance(found, dict) or key not in found:
-            raise BackendError(f"backend {self.url}: {path} has no {key!r}; is it vLLM?")
+            raise BackendError(f"backend {self.url}: {path} has no {key!r}", "is it vLLM?")
         return found[key]
 
 

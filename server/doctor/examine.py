@@ -15,10 +15,13 @@ def examine(settings: Settings) -> Iterator[Finding]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     yield from software()
     try:
-        from loramux.server.doctor.machine import machine
+        from loramux.server.doctor.machine import machine, port
         from loramux.server.doctor.pool import pool
     except ImportError as error:
         yield Finding("packages", Level.PROBLEM, f"what serves cannot be imported: {error}")
         return
-    yield from machine(settings)
+    if settings.backend.urls:  # nothing is generated here
+        yield port(settings)
+    else:
+        yield from machine(settings)
     yield from pool(settings)

@@ -41,7 +41,7 @@ def machine(settings: Settings) -> Iterator[Finding]:
     else:
         yield from _cpu()
     yield _kernels(device)
-    yield _port(settings)
+    yield port(settings)
 
 
 def _gpu(device: torch.device) -> Finding:
@@ -130,7 +130,8 @@ def _kernels(device: torch.device) -> Finding:
     return Finding("kernels", Level.OK, f"all {len(libraries)} are compiled; this processor has {best}")
 
 
-def _port(settings: Settings) -> Finding:
+def port(settings: Settings) -> Finding:
+    """Whether the port is free."""
     if settings.port == 0:
         return Finding("port", Level.OK, "any free one")
     try:

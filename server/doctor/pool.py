@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import fields
 
 import torch
@@ -17,6 +17,7 @@ from loramux.router.packages import package_folder, requirement
 from loramux.router.store import ROUTER_FILE
 from loramux.server.base_files import BaseFiles
 from loramux.server.build import base_files, make_budget
+from loramux.server.doctor.backends import backends
 from loramux.server.doctor.finding import Finding, Level
 from loramux.server.engine.model import BaseModelError
 from loramux.server.errors import StartError
@@ -50,7 +51,10 @@ def pool(settings: Settings) -> Iterator[Finding]:
         yield Finding("base", Level.PROBLEM, str(error))
         return
     yield Finding("base", Level.OK, f"{found.manifest.base.id} in {files.gguf or files.folder}")
-    yield from _experts(found, shapes)
+    experts = yield from _experts(found, shapes)
+    if settings.backend.urls:
+        yield from backends(settings, found, files, experts)
+        return
     yield from _sparse(found, shapes)
     yield _memory(settings, found, files, blueprint)
 
@@ -99,14 +103,14 @@ def _router(settings: Settings, pool: Pool) -> Finding:
         return Finding("router", Level.PROBLEM, str(error), advice)
 
 
-def _experts(pool: Pool, shapes: BaseShapes) -> Iterator[Finding]:
-    """Experts that cannot be served, do nothing, or are no better than the base."""
+def _experts(pool: Pool, shapes: BaseShapes) -> Generator[Finding, None, dict[str, LoraAdapter]]:
+    """Experts that cannot be served, do nothing, or are no better than the base; returns the sound ones."""
     facts: Mapping[str, ExpertFacts] = {}
     try:
         facts = read_facts(pool)
     except PoolError as error:
         yield Finding("experts", Level.PROBLEM, str(error), "restore the file, or take it out of pool.json")
-    sound = 0
+    sound: dict[str, LoraAdapter] = {}
     for entry in pool.manifest.experts:
         mend = f"train it again, or take it out: loramux pool remove {pool.root} --id {entry.id}"
         try:
@@ -114,7 +118,7 @@ def _experts(pool: Pool, shapes: BaseShapes) -> Iterator[Finding]:
         except AdapterError as error:
             yield Finding("experts", Level.PROBLEM, f"{entry.id}: {error}", mend)
             continue
-        sound += 1
+        sound[entry.id] = adapter
         if idle := idle_modules(adapter):
             text = (
                 f"{entry.id}: {len(idle)} of {len(adapter.pairs)} modules do nothing (A or B is zero), "
@@ -125,7 +129,8 @@ def _experts(pool: Pool, shapes: BaseShapes) -> Iterator[Finding]:
         if gain is not None and gain <= 0:
             text = f"{entry.id}: no better than the base on rows it never saw ({gain:+.4f} nats a token)"
             yield Finding("experts", Level.WARNING, text, mend)
-    yield Finding("experts", Level.OK, f"{sound} of {len(pool.manifest.experts)} can be served")
+    yield Finding("experts", Level.OK, f"{len(sound)} of {len(pool.manifest.experts)} can be served")
+    return sound
 
 
 def _read(pool: Pool, entry: ExpertEntry, shapes: BaseShapes) -> LoraAdapter:

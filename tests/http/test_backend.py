@@ -1,7 +1,8 @@
 """The whole server in front of a fake vLLM: what clients see, and what stops the start."""
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from loramux.server.assemble import assemble
+from loramux.server.backend.engine import RemoteEngine
 from loramux.server.backend.settings import BackendSettings
 from loramux.server.errors import StartError
 from loramux.server.parts import Parts
@@ -156,6 +158,59 @@ def test_a_backend_that_is_gone_is_a_503_that_names_it_and_comes_back(front: Fro
     front.fake.refuse = None
     front.fake.restart()
     assert front.complete(model=BASE, prompt="a", lora=LORA)["choices"]
+
+
+def test_ready_says_no_while_every_backend_is_down(tmp_path: Path) -> None:
+    """And says why, though nobody has asked for an answer; back on the same port it is taken in again."""
+    fakes = [FakeVllm(DEMO_POOL / "base"), FakeVllm(DEMO_POOL / "base")]
+    first, second = ExitStack(), ExitStack()
+    urls = [first.enter_context(faking(fakes[0])), second.enter_context(faking(fakes[1]))]
+    port = int(urls[1].rpartition(":")[2])
+    with first, second:
+        parts = assemble(settings(",".join(urls), tmp_path))
+        assert isinstance(parts.engine, RemoteEngine)
+        parts.engine._patience = 0.02
+        with listening(parts) as (ours, _), httpx.Client(base_url=ours, timeout=60) as http:
+            assert http.get("/ready").status_code == 200
+            first.close()
+            settled(lambda: parts.engine._fleet.members[0].down is not None)
+            assert http.get("/ready").status_code == 200
+            second.close()
+            settled(lambda: http.get("/ready").status_code == 503)
+            error = http.get("/ready").json()["error"]
+            assert error["code"] == "not_ready"
+            assert all(f"backend {url}: " in error["message"] for url in urls)
+            assert "loramux_ready 0.0" in http.get("/metrics").text
+            assert http.get("/health").status_code == 200
+            asked = {"model": BASE, "prompt": "a", "max_tokens": 2}
+            assert http.post("/v1/completions", json=asked).status_code == 503
+            with faking(fakes[1], port):
+                settled(lambda: http.get("/ready").status_code == 200)
+                assert "loramux_ready 1.0" in http.get("/metrics").text
+                assert http.post("/v1/completions", json=asked).status_code == 200
+
+
+def settled(condition: Callable[[], bool]) -> None:
+    """Ask until it holds."""
+    until = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < until
+
+
+def test_a_backend_whose_engine_is_dead_is_down(front: Front) -> None:
+    """Its HTTP side answers, but not that it lives."""
+    assert isinstance(front.parts.engine, RemoteEngine)
+    fleet = front.parts.engine._fleet
+    front.fake.refuse = 503
+    try:
+        answer = front.post("/v1/completions", model=BASE, prompt="a")
+        assert answer.status_code == 503
+        assert "503" in (fleet.stalled() or "")
+        assert "no backend can be used" in front.http.get("/ready").json()["error"]["message"]
+    finally:
+        front.fake.refuse = None
+    front.complete(model=BASE, prompt="a")
+    assert front.http.get("/ready").status_code == 200
 
 
 def test_the_context_is_the_smaller_of_both(front: Front) -> None:

@@ -99,6 +99,26 @@ def test_a_backend_that_comes_back_gets_its_share_again(run: Run) -> None:
     run(test, count=2, adapters=8)
 
 
+def test_one_that_dies_is_missed_though_nobody_asks(run: Run) -> None:
+    async def test(found: Behind) -> None:
+        first, second = found.fleet.members
+        found.fakes[0].refuse = 503
+        async with asyncio.timeout(20):
+            while first.down is None:
+                await asyncio.sleep(0.01)
+            assert found.engine.stats().is_live
+            found.fakes[1].refuse = 503
+            while second.down is None:
+                await asyncio.sleep(0.01)
+        assert second.down in (found.engine.stats().stalled or "")
+        found.fakes[1].refuse = None
+        async with asyncio.timeout(20):
+            while not found.engine.stats().is_live:
+                await asyncio.sleep(0.01)
+
+    run(test, count=2)
+
+
 def test_a_backend_with_another_base_is_passed_over(run: Run) -> None:
     async def test(found: Behind) -> None:
         for fake in found.fakes:
