@@ -12,7 +12,7 @@ from loramux.adapters.residency import Handle
 from loramux.adapters.responses import Listener, Responders, common_module
 from loramux.adapters.sparse.token_methods import token_experts
 from loramux.adapters.sparse.token_mixtures import TokenMethod
-from loramux.server.logo import Logo
+from loramux.server.logo import LocalHearing, Logo
 
 TOP_K = 3
 #: (requests, tokens of a prompt, tokens of an answer)
@@ -81,9 +81,10 @@ def compare(result: Result, name: str, rates: dict[str, list[float]]) -> None:
 
 async def probe(bench: Bench, rig: Rig, length: int, result: Result) -> None:
     """Seconds until logo's weights are known, against those until a request's first token."""
-    logo = Logo(rig.engine, lambda _: None)
+    hearing = LocalHearing(rig.engine)
+    logo = Logo(hearing, lambda _: None)
     experts = dict(rig.residency.experts)
-    await check(rig, logo)
+    await check(rig, hearing)
 
     async def asking() -> float:
         ids = rig.prompt(length)
@@ -102,7 +103,7 @@ async def probe(bench: Bench, rig: Rig, length: int, result: Result) -> None:
     result.add(f"{name}: logo, of the first token", ratios(found["logo"], found["first token"]), "ratio")
 
 
-async def check(rig: Rig, logo: Logo) -> None:
+async def check(rig: Rig, hearing: LocalHearing) -> None:
     """The signals are the norms of the dense updates' outputs.
 
     Raises:
@@ -111,8 +112,8 @@ async def check(rig: Rig, logo: Logo) -> None:
     experts = dict(rig.residency.experts)
     module = common_module(experts)
     ids = rig.prompt(24)
-    found = await logo.signals(ids, experts, "norm")
-    listener: Listener = await logo.listen(ids, module)
+    found = dict(zip(experts, await hearing.signals(ids, experts, "norm"), strict=True))
+    listener: Listener = await hearing.listen(ids, module)
     x = listener.heard()
     if x is None:
         raise Wrong("logo heard nothing")

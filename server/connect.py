@@ -18,7 +18,7 @@ from loramux.server.expert_metrics import expert_stats
 from loramux.server.intake import Intake
 from loramux.server.leases import ExpertStore, Leases, SparseStore, TokenStore
 from loramux.server.lifecycle import Lifecycle, Phase
-from loramux.server.logo import Logo
+from loramux.server.logo import Hearing, LocalHearing, Logo
 from loramux.server.metrics import Metrics
 from loramux.server.parts import Parts
 from loramux.server.pipeline import Pipeline
@@ -51,11 +51,12 @@ def connect(
     facts: Mapping[str, ExpertFacts] = MappingProxyType({}),
     refused: Mapping[str, str] = MappingProxyType({}),
     admin: Callable[..., AdapterAdmin] = AdapterAdmin,
+    hearing: Hearing | None = None,
 ) -> Parts:
     """The parts of a server around a residency, an engine and a router, whichever they are.
 
     `facts`: what the pool says of its experts, by id; `refused`: why some names of the pool are not served.
-    `admin` is an `AdapterAdmin`, or one that does the same in other processes.
+    `admin` is an `AdapterAdmin`, and `hearing` a `LocalHearing`, or what does the same in other processes.
     """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards, facts, refused)
@@ -75,7 +76,7 @@ def connect(
         catalog=catalog,
         router=router,
         defaults=settings.routing,
-        logo=Logo(engine, partial(metrics.route_stage, "probe")),
+        logo=Logo(hearing or LocalHearing(engine), partial(metrics.route_stage, "probe")),
         weight_step=settings.residency.weight_step,
         metrics=metrics,
     )

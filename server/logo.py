@@ -6,8 +6,9 @@ import time
 import uuid
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.residency import Handle
@@ -22,17 +23,32 @@ MAX_PROMPTS = 1024
 _BASE_KEY = ""
 
 
+class Hearing(Protocol):
+    """A pass of the base over a prompt, wherever the base is, and what the experts make of it."""
+
+    async def signals(
+        self, prompt: tuple[int, ...], experts: Mapping[str, LoraAdapter], signal: Signal
+    ) -> Sequence[float]:
+        """The signal of every expert, in their order.
+
+        Raises:
+            BlendError: the experts have no module in common.
+            RequestError: nothing can be heard in this engine.
+            EngineError: the pass failed.
+        """
+        ...
+
+
 class Logo:
     """Signals of the loaded experts for a prompt, remembered while the experts are the same.
 
     `observe` is told the seconds of each pass.
     """
 
-    def __init__(self, engine: Engine, observe: Callable[[float], None]) -> None:
-        self._engine = engine
+    def __init__(self, hearing: Hearing, observe: Callable[[float], None]) -> None:
+        self._hearing = hearing
         self._observe = observe
         self._known: OrderedDict[bytes, array[float]] = OrderedDict()
-        self._stacked: tuple[tuple[str, ...], str, Responders] | None = None
 
     async def signals(
         self, prompt: tuple[int, ...], experts: Mapping[str, LoraAdapter], signal: Signal
@@ -40,10 +56,32 @@ class Logo:
         """The signal of every expert by its id.
 
         Raises:
-            BlendError: the experts have no module in common.
-            RequestError: the engine is not of this process, and nothing can be heard in it.
-            EngineError: the pass failed.
+            BlendError, RequestError, EngineError: as `Hearing.signals`.
         """
+        contents = "\n".join((signal, *(f"{id} {expert.content_hash}" for id, expert in experts.items())))
+        key = hashlib.sha256(array("q", prompt).tobytes() + contents.encode()).digest()
+        known = self._known.get(key)
+        if known is None:
+            started = time.monotonic()
+            found = await self._hearing.signals(prompt, experts, signal)
+            known = self._known[key] = array("d", found)
+            self._observe(time.monotonic() - started)
+            if len(self._known) > MAX_PROMPTS:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return dict(zip(experts, known, strict=True))
+
+
+class LocalHearing:
+    """Implements `Hearing` over the engine of this process."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._stacked: tuple[tuple[str, ...], str, Responders] | None = None
+
+    async def signals(
+        self, prompt: tuple[int, ...], experts: Mapping[str, LoraAdapter], signal: Signal
+    ) -> Sequence[float]:
         if not isinstance(self._engine, LocalEngine):
             raise RequestError(
                 "routing.strategy: logo listens inside the base, which this engine has elsewhere",
@@ -51,22 +89,11 @@ class Logo:
                 code="invalid_value",
             )
         module, responders = await self._responders(experts)
-        contents = "\n".join((signal, *(f"{id} {expert.content_hash}" for id, expert in experts.items())))
-        key = hashlib.sha256(array("q", prompt).tobytes() + contents.encode()).digest()
-        known = self._known.get(key)
-        if known is None:
-            started = time.monotonic()
-            listener = await self.listen(prompt, module)
-            x = await asyncio.to_thread(listener.heard)
-            if x is None:
-                raise RuntimeError(f"nothing passed {module} of the base")
-            found = await asyncio.to_thread(responders.signals, x, signal)
-            known = self._known[key] = array("d", found)
-            self._observe(time.monotonic() - started)
-            if len(self._known) > MAX_PROMPTS:
-                self._known.popitem(last=False)
-        self._known.move_to_end(key)
-        return dict(zip(experts, known, strict=True))
+        listener = await self.listen(prompt, module)
+        x = await asyncio.to_thread(listener.heard)
+        if x is None:
+            raise RuntimeError(f"nothing passed {module} of the base")
+        return await asyncio.to_thread(responders.signals, x, signal)
 
     async def listen(self, prompt: tuple[int, ...], module: str) -> Listener:
         """A pass of the base over the prompt, heard at a module."""

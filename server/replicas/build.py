@@ -17,6 +17,7 @@ from loramux.server.pool.routing import load_pool_router, open_pool
 from loramux.server.replicas.engine import FleetEngine
 from loramux.server.replicas.fleet import Fleet
 from loramux.server.replicas.frames import Message
+from loramux.server.replicas.hearing import FleetHearing
 from loramux.server.replicas.placement import Affinity
 from loramux.server.replicas.process import Process
 from loramux.server.replicas.stores import (
@@ -79,6 +80,7 @@ def build_edge(
             read=read_nothing,
             adapter_root=settings.adapter_root or pool.root / "experts",
             admin=partial(FleetAdmin, fleet),
+            hearing=FleetHearing(fleet),
             fingerprint=fingerprint(pool),
             traces=traces,
             facts=read_facts(pool),

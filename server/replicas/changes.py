@@ -115,7 +115,12 @@ class Changes:
     @contextmanager
     def using(self, mixture: Mixture) -> Iterator[None]:
         """A request uses a mixture, and what it is made of stays at the replicas."""
-        names = _names(mixture)
+        with self.keeping(_names(mixture)):
+            yield
+
+    @contextmanager
+    def keeping(self, names: Sequence[str]) -> Iterator[None]:
+        """What has these names stays at the replicas."""
         self._users.update(names)
         try:
             yield

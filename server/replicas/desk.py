@@ -15,6 +15,7 @@ from loramux.adapters.sparse.options import ReadOptions
 from loramux.server.core import Core
 from loramux.server.engine.protocol import EngineClosed
 from loramux.server.leases import Leases
+from loramux.server.logo import LocalHearing
 from loramux.server.replicas.codec import error_body, event_body, lease_body, mixture_of, work_of
 from loramux.server.replicas.frames import Message, encode, receive
 from loramux.server.replicas.outline import card_body, outlines
@@ -48,6 +49,7 @@ class Desk:
         self._reader = reader
         self._writer = writer
         self._leases = Leases(core.residency, core.shelf, core.mixtures)
+        self._hearing = LocalHearing(core.engine)
         self._held: dict[int, _Held] = {}
         self._runs: dict[int, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -55,6 +57,7 @@ class Desk:
         self._actions: dict[str, Callable[[Message], Awaitable[Message]]] = {
             "add": self._add,
             "remove": self._remove,
+            "hear": self._hear,
         }
 
     async def serve(self) -> None:
@@ -209,6 +212,14 @@ class Desk:
         else:
             self._core.residency.remove_expert(name)
         return {}
+
+    # What is heard inside the base
+
+    async def _hear(self, message: Message) -> Message:
+        """The signals of experts for a prompt, for the strategy `logo`."""
+        experts = {id: self._core.residency.experts[id] for id in message["experts"]}
+        found = await self._hearing.signals(tuple(message["prompt"]), experts, message["signal"])
+        return {"signals": list(found)}
 
     # What is told
 

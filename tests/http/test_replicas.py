@@ -49,6 +49,7 @@ STREAMS: dict[str, dict[str, Any]] = {
     "LoRACoE, seeded": {"model": "demo-loracoe", **SEEDED, "top_p": 0.9},
     "MixLoRA": {"model": "demo-mixlora"},
     "arrow, seeded": {"model": "auto", "routing": {"strategy": "arrow", "top_m": 2}, **SEEDED},
+    "logo": {"model": "auto", "routing": {"strategy": "logo", "top_m": 2}},
     "two choices, seeded": {"model": "auto", **BLEND, **SEEDED, "n": 2},
     "JSON, seeded": {"model": "auto", "guided_json": SCHEMA, **SEEDED},
 }
@@ -240,6 +241,43 @@ def test_a_change_of_the_pool_reaches_both_and_one_that_is_started_again(
             assert server.admin("unload_lora_adapter", lora_name="again").status_code == 200
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert edge.http.post("/v1/completions", json={"prompt": "x", "model": "again"}).status_code == 404
+
+
+@pytest.mark.parametrize("routing", [{}, {"merge": "svd"}, {"strategy": "logo", "top_m": 2}])
+def test_an_answer_is_explained_by_the_same_losses(
+    edge: Edge, undisturbed: Edge, routing: dict[str, Any]
+) -> None:
+    edge.settle()
+    asked = {"model": "auto", "routing": {**routing, "explain": True}}
+    body = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0, **asked}
+    first, second = (server.http.post("/v1/completions", json=body).json() for server in (edge, undisturbed))
+    told, expected = first["loramux"]["explain"], second["loramux"]["explain"]
+    assert told["top1"]["expert"] == expected["top1"]["expert"]
+    assert told["tokens"] == expected["tokens"] > 1
+    for part in ("base", "top1", "blend"):
+        assert told[part]["loss"] == pytest.approx(expected[part]["loss"], abs=1e-4)
+    assert told["blend"]["gain"] == pytest.approx(told["base"]["loss"] - told["blend"]["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("signal", ["norm", "entropy"])
+def test_logo_hears_the_same_at_a_replica(edge: Edge, undisturbed: Edge, signal: str) -> None:
+    edge.settle()
+    routing = {"strategy": "logo", "top_m": 4, "signal": signal}
+    body = {"model": "auto", "prompt": f"{PROMPT} {signal}", "max_tokens": 1, "routing": routing}
+    told, expected = (
+        server.http.post("/v1/completions", json=body).json()["loramux"]["route"]["experts"]
+        for server in (edge, undisturbed)
+    )
+    assert [one["id"] for one in told] == [one["id"] for one in expected]
+    assert [one["score"] for one in told] == pytest.approx([one["score"] for one in expected], rel=1e-4)
+
+
+def test_logo_is_heard_elsewhere_when_a_replica_is_gone(edge: Edge) -> None:
+    edge.settle()
+    edge.kill(0)
+    body = {"model": "auto", "prompt": "Elsewhere", "max_tokens": 1, "routing": {"strategy": "logo"}}
+    assert edge.http.post("/v1/completions", json=body).status_code == 200
+    edge.settle()
 
 
 def test_what_cannot_be_drained_or_is_not_allowed_is_said(edge: Edge, undisturbed: Edge) -> None:
