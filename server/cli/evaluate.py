@@ -25,7 +25,7 @@ def evaluate(
     limit: Annotated[int, typer.Option(min=0, help="Rows of each domain; 0: all.")] = 50,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="base, experts, routed, sparse, or one system by its name. Repeatable."),
+        typer.Option(help="base, experts, routed, asking, sparse, or one system by its name. Repeatable."),
     ] = None,
     top_m: Annotated[str, typer.Option(help="Widths of the routed blends, with commas.")] = "1,3",
     max_tokens: Annotated[int, typer.Option(min=8, help="Longer rows lose the end of their answer.")] = 1024,

@@ -98,7 +98,7 @@ async def _answered(
 
     progress("loading the base", 0, 0)
     parts = assemble(settings)
-    systems = systems_of(parts.catalog, options.top_m, options.only)
+    systems = systems_of(parts.catalog, options.top_m, options.only, inside=not settings.backend.urls)
     tokenizer = load_tokenizer(base_files(settings, open_pool(settings)).folder)
     measuring = Measuring(parts, tokenizer, max_tokens=options.max_tokens, max_new=options.max_new)
     numbers = (settings.base, settings.device, settings.dtype, settings.quantization)

@@ -51,10 +51,16 @@ class Measuring:
         """
         selector = self._parts.selector
         asked: dict[tuple[str, str], tuple[Mixture, Item]] = {}
+        prompts = {item.id: self._prompt(item) for item in items}
+        width = self._parts.settings.engine.max_running
         for system in systems:
-            for item in items:
-                mixture = selector.mixture(await selector.select(system.ask(item.text)))
-                asked[system.name, item.id] = (mixture, item)
+            # So many at once as run in a batch, for some strategies have the base read the prompt.
+            for start in range(0, len(items), width):
+                some = items[start : start + width]
+                asks = (system.ask(item.text, prompts[item.id]) for item in some)
+                selected = await asyncio.gather(*map(selector.select, asks))
+                for item, selection in zip(some, selected, strict=True):
+                    asked[system.name, item.id] = (selector.mixture(selection), item)
         return await self.score(asked, ledger, progress)
 
     async def score(
@@ -90,6 +96,13 @@ class Measuring:
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         return {name: ledger[key] for name, key in keys.items()}
+
+    def _prompt(self, item: Item) -> tuple[int, ...]:
+        """What the base reads before an answer; of a question with choices, its text."""
+        if isinstance(item, AnswerItem):
+            [row] = encode_rows(self._tokenizer, [item.row], self._max_tokens)
+            return row.ids[: row.answer_start]
+        return tuple(self._tokenizer(item.text)["input_ids"])[-self._max_tokens :]
 
     async def _score(self, item: Item, adapter: object) -> Score:
         if isinstance(item, AnswerItem):

@@ -171,7 +171,8 @@ def test_the_oracle_and_the_share_of_its_gain(whole: Evaluation) -> None:
 def test_systems_routing_and_calibration_are_all_there(whole: Evaluation) -> None:
     assert [system.name for system in whole.systems] == [
         "base", "harbour", "kitchen", "similarity top 1", "similarity top 2", "classifier top 1",
-        "classifier top 2", "hybrid top 1", "hybrid top 2",
+        "classifier top 2", "hybrid top 1", "hybrid top 2", "arrow top 1", "arrow top 2", "spectr top 1",
+        "spectr top 2", "logo top 1", "logo top 2",
     ]  # fmt: skip
     assert whole.experts == {"kitchen": "kitchen", "harbour": "harbour"}
     table = whole.routing["hybrid"]
@@ -297,7 +298,7 @@ def test_items_are_drawn_by_seed_and_questions_end_in_answer(tmp_path: Path) -> 
 
 
 def test_only_names_what_there_is(parts: Path) -> None:
-    with pytest.raises(StartError, match=r"--only 'kitchens' is none of base, .*experts.*routed"):
+    with pytest.raises(StartError, match=r"--only 'kitchens' is none of .*asking, base, .*experts.*routed"):
         measured(parts, only=("kitchens",))
 
 
