@@ -9,7 +9,6 @@ and `--tables` puts the tables made from there into docs/quality.md; neither nee
 
 import argparse
 import asyncio
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -21,11 +20,11 @@ import torch
 
 from benchmarks.quality import made
 from benchmarks.quality.intervals import Results
-from benchmarks.quality.measure import cell_file, identity, measure
+from benchmarks.quality.measure import Trial, measure
 from benchmarks.quality.plot import losses_plot
 from benchmarks.quality.report import DOCUMENT, collect, put_tables, results_file, save
 from benchmarks.quality.setting import Cell, Model, Setting, load
-from benchmarks.quality.texts import TestSet, test_set
+from benchmarks.quality.texts import test_set
 from benchmarks.quality.training import Trainer
 
 
@@ -40,13 +39,13 @@ def run(setting: Setting, data: Path, out: Path, *, minutes: float | None = None
     tests = test_set(setting, data, trainer.tokenizer())
     started = time.monotonic()
     for seed, model, cells in _work(setting):
-        missing = [cell for cell in cells if not done(setting, model, cell, seed, tests, out)]
+        trial = Trial(setting, model, seed, tests, out)
+        missing = [cell for cell in cells if not trial.is_done(cell)]
         if not missing:
             continue
         if minutes is not None and time.monotonic() - started > 60 * minutes:
             return False
-        trained = trainer.trained(model, seed)
-        asyncio.run(measure(setting, model, trained, seed, missing, tests, out))
+        asyncio.run(measure(trial, trainer.trained(model, seed), missing))
     return True
 
 
@@ -61,15 +60,6 @@ def _work(setting: Setting) -> Iterator[tuple[int, Model, list[Cell]]]:
             ]
             if cells:
                 yield seed, model, cells
-
-
-def done(setting: Setting, model: Model, cell: Cell, seed: int, tests: TestSet, out: Path) -> bool:
-    """Whether a cell's record is there, made with these very inputs."""
-    try:
-        record = json.loads(cell_file(out, cell, seed).read_text())
-    except (OSError, ValueError):
-        return False
-    return bool(record["identity"] == identity(setting, model, cell, seed, tests))
 
 
 def main() -> None:
