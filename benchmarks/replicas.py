@@ -1,6 +1,6 @@
 """`python benchmarks/replicas.py`: replicas killed under load, an edge before one, and where blends go.
 
-`--only kills edge placement`, `--kills 20`, `--output FILE`. Every server is the real command, or the parts
+`--only kills edge placement`, `--kills 20`, `--replicas 3`, `--ray`, `--output FILE`. Every server is the real command, or the parts
 that it has, in processes of its own.
 """
 
@@ -11,6 +11,7 @@ import os
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -59,11 +60,19 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def replicated(count: int, *, ray: bool) -> tuple[str, ...]:
+    """The command with so many replicas: its own, or engines of Ray."""
+    return ("deploy", "ray", "--replicas", str(count)) if ray else ("serve", "--replicas", str(count))
+
+
 @asynccontextmanager
-async def served(*flags: str) -> AsyncIterator[httpx.AsyncClient]:
-    """`loramux serve` on a free port."""
-    command = [COMMAND, "serve", "--port", "0", "--pool", str(POOL), "--device", "cpu", "--dtype", "float32"]
-    command += ["--log-level", "error", "--set", "admin_key=admin", *flags]
+async def served(*words: str) -> AsyncIterator[httpx.AsyncClient]:
+    """`loramux serve`, or the command that is given, on a free port."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [COMMAND, *(words or ("serve",)), "--port", str(port), "--pool", str(POOL)]
+    for setting in ("device=cpu", "dtype=float32", "log_level=error", "admin_key=admin"):
+        command += ["--set", setting]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)  # noqa: S603
         assert process.stdout is not None
@@ -153,7 +162,7 @@ async def replicas(client: httpx.AsyncClient) -> list[dict[str, Any]]:
     return found
 
 
-async def kills(count: int, streams: int, tokens: int, among: int) -> dict[str, Any]:
+async def kills(count: int, streams: int, tokens: int, among: int, *, ray: bool) -> dict[str, Any]:
     """One replica after another is killed while all streams run; what they say against one undisturbed
     server."""
     from benchmarks.latency import percentile
@@ -168,7 +177,7 @@ async def kills(count: int, streams: int, tokens: int, among: int) -> dict[str, 
     lost = different = moved = 0
     pauses: list[float] = []
     restarts: list[float] = []
-    async with served("--replicas", str(among)) as edge:
+    async with served(*replicated(among, ray=ray)) as edge:
         quiet = await all_of(edge, bodies)
         apart = sum(a.text != b.text for a, b in zip(quiet, expected, strict=True))
         total = sum(one.tokens for one in quiet)
@@ -221,12 +230,12 @@ async def kills(count: int, streams: int, tokens: int, among: int) -> dict[str, 
     }
 
 
-async def edge(repeats: int, streams: int, tokens: int) -> dict[str, Any]:
+async def edge(repeats: int, streams: int, tokens: int, *, ray: bool) -> dict[str, Any]:
     """Tokens a second of the plain server and of an edge before one replica, in turns."""
     bodies = [{**body, "stream": True} for body in requests(streams, tokens)]
     rates: dict[str, list[float]] = {"plain": [], "edge": []}
     firsts: dict[str, list[float]] = {"plain": [], "edge": []}
-    async with served() as plain, served("--replicas", "1") as behind:
+    async with served() as plain, served(*replicated(1, ray=ray)) as behind:
         clients = {"plain": plain, "edge": behind}
         for client in clients.values():
             await all_of(client, bodies)
@@ -254,10 +263,12 @@ async def main(arguments: argparse.Namespace) -> None:
 
     found: dict[str, Any] = {"machine": facts(), "versions": versions()}
     if "kills" in arguments.only:
-        found["kills"] = await kills(arguments.kills, arguments.streams, arguments.tokens, 3)
+        found["kills"] = await kills(
+            arguments.kills, arguments.streams, arguments.tokens, arguments.replicas, ray=arguments.ray
+        )
     if "edge" in arguments.only:
-        found["edge"] = await edge(arguments.repeats, 16, 96)
-    if "placement" in arguments.only:
+        found["edge"] = await edge(arguments.repeats, 16, 96, ray=arguments.ray)
+    if "placement" in arguments.only and not arguments.ray:
         from benchmarks.placement import placement
 
         found["placement"] = await placement(
@@ -275,6 +286,8 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--only", nargs="+", choices=("kills", "edge", "placement"),
                         default=("kills", "edge", "placement"))  # fmt: skip
+    parser.add_argument("--ray", action="store_true", help="engines of `loramux deploy ray` (loramux[ray])")
+    parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--streams", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=96)

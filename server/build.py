@@ -92,10 +92,11 @@ def build(settings: Settings) -> Parts:
     )
 
 
-def build_core(settings: Settings, pool: Pool, *, among: int = 1) -> Core:
+def build_core(settings: Settings, pool: Pool, *, among: int = 1, devices: int | None = None) -> Core:
     """What generates: the base with its experts, and the engine over them, which is not started yet.
 
-    `among` processes on this machine start at once and share its memory.
+    `among` processes on this machine start at once and share its memory and `devices` GPUs; unset: those that
+    are visible here.
 
     Raises:
         StartError, AdapterError: one line that names the file or setting at fault.
@@ -107,7 +108,7 @@ def build_core(settings: Settings, pool: Pool, *, among: int = 1) -> Core:
         device=settings.device, dtype=settings.dtype, quantization=settings.quantization, weights=weights
     )
     shapes = blueprint.shapes(pool.manifest.base.id)
-    budget = make_budget(settings, pool, target, blueprint, among)
+    budget = make_budget(settings, pool, target, blueprint, among, devices)
     model = load_model(files.folder, target, budget, weights)
     tokenizer = load_tokenizer(files.folder)
     read = partial(
@@ -175,7 +176,12 @@ def load_tokenizer(location: str) -> ChatTokenizer:
 
 
 def make_budget(
-    settings: Settings, pool: Pool, target: Target, blueprint: Blueprint, among: int = 1
+    settings: Settings,
+    pool: Pool,
+    target: Target,
+    blueprint: Blueprint,
+    among: int = 1,
+    devices: int | None = None,
 ) -> Budget:
     """Who gets how much memory, decided before any weight is read.
 
@@ -192,7 +198,7 @@ def make_budget(
         sparse=measure_sparse_models(pool, shapes),
     )
     device = device_room(target.device).shared(
-        among if target.device.type == "cpu" else -(-among // torch.cuda.device_count())
+        among if target.device.type == "cpu" else -(-among // (devices or torch.cuda.device_count()))
     )
     budget = plan_budget(settings, target, sizes, device, host_room().shared(among))
     log.info("memory\n%s", budget.table())

@@ -19,6 +19,7 @@ class Place(NamedTuple):
 _HERE = "loramux.server.cli"
 COMMANDS = {
     "serve": Place(f"{_HERE}.serve", "serve", "Serve a pool over HTTP."),
+    "deploy": Place(f"{_HERE}.deploy", "app", "Deploy the server on machines that something else manages."),
     "chat": Place(f"{_HERE}.chat", "chat", "Talk to a running server in the terminal."),
     "route": Place(f"{_HERE}.route", "route", "Say which experts texts would go to, and why."),
     "doctor": Place(f"{_HERE}.doctor", "doctor", "Say whether a pool can be served here, and what to mend."),

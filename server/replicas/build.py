@@ -18,6 +18,7 @@ from loramux.server.replicas.engine import FleetEngine
 from loramux.server.replicas.fleet import Fleet
 from loramux.server.replicas.frames import Message
 from loramux.server.replicas.hearing import FleetHearing
+from loramux.server.replicas.life import Life
 from loramux.server.replicas.placement import Affinity
 from loramux.server.replicas.process import Process
 from loramux.server.replicas.stores import (
@@ -35,9 +36,10 @@ def build_edge(
     settings: Settings,
     *,
     affinity: Affinity | None = None,
-    launch: Callable[..., Process] = Process.launch,
+    launch: Callable[..., Life] = Process.launch,
 ) -> Parts:
-    """Start `settings.replicas` processes and, when all of them are ready, connect everything to them.
+    """Start `settings.replicas` processes, or what `launch` starts in their place, and connect everything to
+    them when all are ready.
 
     Raises:
         StartError, AdapterError, RouterError: one line that names the file, setting or replica at fault;
@@ -90,14 +92,12 @@ def build_edge(
     return replace(parts, fleet=fleet)
 
 
-def _start(
-    settings: Settings, launch: Callable[..., Process], undo: ExitStack
-) -> list[tuple[Process, Message]]:
+def _start(settings: Settings, launch: Callable[..., Life], undo: ExitStack) -> list[tuple[Life, Message]]:
     """All processes at once, and what they say."""
     count = settings.replicas
-    processes = []
+    lives: list[Life] = []
     for number in range(count):
-        process = launch(settings, number, replicas=count, among=count)
-        undo.callback(process.end)
-        processes.append(process)
-    return [(process, process.hello()) for process in processes]
+        life = launch(settings, number, replicas=count, among=count)
+        undo.callback(life.end)
+        lives.append(life)
+    return [(life, life.hello()) for life in lives]

@@ -42,9 +42,16 @@ class _Held:
 
 
 class Desk:
-    """Serves one edge over one connection, until that ends."""
+    """Serves one edge over one connection, until that ends.
+
+    Attributes:
+        changed: whether the pool is another one than the edge found.
+        stopped: whether the edge has said that this is the end of the process.
+    """
 
     def __init__(self, core: Core, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.changed = False
+        self.stopped = False
         self._core = core
         self._reader = reader
         self._writer = writer
@@ -75,6 +82,8 @@ class Desk:
         finally:
             for task in (reporting, listening, *self._runs.values(), *self._tasks):
                 task.cancel()
+            for number in list(self._held):  # each ends when the last sequence under it has
+                self._release(number)
             self._writer.close()
 
     def hello(self) -> None:
@@ -108,6 +117,7 @@ class Desk:
             except (asyncio.IncompleteReadError, ConnectionError):
                 return
             if message["do"] == "stop":
+                self.stopped = True
                 await self._core.engine.stop(message["timeout"])
                 return
             self._take(message)
@@ -198,6 +208,7 @@ class Desk:
 
     async def _add(self, message: Message) -> Message:
         """Read an adapter and be ready to serve it; the edge decides whether anybody hears of it."""
+        self.changed = True
         options = ReadOptions(**message["options"])
         found = await asyncio.to_thread(self._core.read, Path(message["folder"]), message["name"], options)
         if isinstance(found, SparseModel):
@@ -206,6 +217,7 @@ class Desk:
         return {"expert": outlines([found])}
 
     async def _remove(self, message: Message) -> Message:
+        self.changed = True
         name = message["name"]
         if name in self._core.shelf.cards:
             self._core.shelf.remove(name)

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from loramux.server.replica_metrics import ReplicaStats
 from loramux.server.replicas.changes import Changes, PoolsDiffer
 from loramux.server.replicas.frames import Message
 from loramux.server.replicas.hold import Hold
+from loramux.server.replicas.life import Life
 from loramux.server.replicas.outline import card_of, outlined
 from loramux.server.replicas.placement import Affinity, Shadow, Wish
 from loramux.server.replicas.process import Process
@@ -50,10 +52,10 @@ class Fleet:
     def __init__(
         self,
         settings: Settings,
-        first: Sequence[tuple[Process, Message]],
+        first: Sequence[tuple[Life, Message]],
         *,
         affinity: Affinity | None = None,
-        launch: Callable[..., Process] = Process.launch,
+        launch: Callable[..., Life] = Process.launch,
     ) -> None:
         """`first` are the replicas with what they said at their start; they hold the same pool."""
         self.size = len(first)
@@ -67,6 +69,8 @@ class Fleet:
         self._affinity = affinity or Affinity()
         self._launch = partial(launch, settings, replicas=self.size, among=1)
         self._first = list(first)
+        # One each: that one does not come up must not keep others of the edge's threads waiting.
+        self._waiting = ThreadPoolExecutor(self.size, "replica")
         self._restarts = [0] * self.size
         self._moved = [0] * self.size
         self._buried_bytes = [0.0] * self.size
@@ -83,8 +87,8 @@ class Fleet:
 
     async def start(self) -> None:
         """Connect to all of them, and keep them from then on."""
-        for process, hello in self._first:
-            await self._join(process, hello)
+        for life, hello in self._first:
+            await self._join(life, hello)
         self._keeping = [asyncio.create_task(self._keep(number)) for number in list(self.replicas)]
 
     async def stop(self, timeout: float) -> None:
@@ -92,15 +96,16 @@ class Fleet:
         self._stopping = True
         self._joined.set()
         if not self.replicas:
-            for process, _ in self._first:
-                process.end()
+            for life, _ in self._first:
+                life.end()
         replicas = list(self.replicas.values())
         for replica in replicas:
-            replica.stop(timeout)
+            replica.let_go(timeout)
         await asyncio.gather(*(replica.ended(timeout + LEAVE_SECONDS) for replica in replicas))
         for task in self._keeping:
             task.cancel()
         await asyncio.gather(*self._keeping, return_exceptions=True)
+        self._waiting.shutdown(wait=False)
 
     async def choose(self, wish: Wish, but: frozenset[Replica] = frozenset(), /) -> Replica:
         """The replica for a request, none of `but`; where there is none, this waits for one.
@@ -195,7 +200,9 @@ class Fleet:
             if not gone.done():
                 # Where every process of the service was told, the edge is about to drain: that is no move.
                 await asyncio.wait((gone,), timeout=TOLD_SECONDS)
-                if not gone.done() and not self.draining():
+                # One that stays where nothing else runs does best to go on until it is ended.
+                nowhere = replica.stays and len(self.open) < 2
+                if not gone.done() and not nowhere and not self.draining():
                     await self._send_away(replica)
             await gone
         finally:
@@ -215,20 +222,21 @@ class Fleet:
         """Start it until it is there."""
         pause = FIRST_PAUSE
         while True:
-            process = await asyncio.to_thread(self._launch, number)
+            loop = asyncio.get_running_loop()
+            life = await loop.run_in_executor(self._waiting, self._launch, number)
             try:
-                hello = await asyncio.to_thread(process.hello)
-                await self._join(process, hello)
+                hello = await loop.run_in_executor(self._waiting, life.hello)
+                await self._join(life, hello)
             except (StartError, PoolsDiffer, Lost) as error:
-                process.kill()
-                await asyncio.to_thread(process.end)
+                life.kill()
+                await asyncio.to_thread(life.end)
                 self._failures[number] += 1
                 log.error("replica %d does not come up: %s", number, error)
                 if not self.open and all(count >= MAX_FAILURES for count in self._failures):
                     self.totals.dead = f"no replica could be started again: {error}"
                     self._joined.set()
             except BaseException:
-                process.kill()
+                life.kill()
                 raise
             else:
                 self._failures[number] = 0
@@ -236,14 +244,14 @@ class Fleet:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LAST_PAUSE)
 
-    async def _join(self, process: Process, hello: Message) -> None:
+    async def _join(self, life: Life, hello: Message) -> None:
         """Take a replica in, after it has been given the pool as it is now."""
         ranks = {one.content_hash: one.max_rank for one in outlined(hello["experts"])}
         resident = [(content, ranks[content]) for content in hello["resident"]]
-        replica = Replica(process, hello, Shadow(hello["rows"], resident))
+        replica = Replica(life, hello, Shadow(hello["rows"], resident))
         await replica.attach()
         async with self.changes.applied_to(replica):
-            self.replicas[process.number] = replica
+            self.replicas[life.number] = replica
             replica.open = True
         self._note_stall()
         self._joined.set()

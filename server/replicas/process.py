@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
+from typing import ClassVar
 
 from loramux.server.errors import StartError
 from loramux.server.replicas.frames import Message, encode, receive_now
@@ -27,6 +28,8 @@ class Process:
     It is forked from one that has imported everything and done nothing: libraries are read once for all
     replicas, and one that is started again need not wait for them.
     """
+
+    stays: ClassVar[bool] = False
 
     number: int
     process: ForkServerProcess

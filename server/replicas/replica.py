@@ -12,8 +12,8 @@ from loramux.server.engine.protocol import Event, Finished, Work
 from loramux.server.leases import Mixture
 from loramux.server.replicas.codec import error_of, event_of, mixture_body, work_body
 from loramux.server.replicas.frames import FrameError, Message, encode, receive
+from loramux.server.replicas.life import Life
 from loramux.server.replicas.placement import Shadow
-from loramux.server.replicas.process import Process
 
 log = logging.getLogger("loramux")
 
@@ -42,8 +42,8 @@ class Replica:
         gone: it has ended.
     """
 
-    def __init__(self, process: Process, hello: Message, shadow: Shadow) -> None:
-        self.number = process.number
+    def __init__(self, life: Life, hello: Message, shadow: Shadow) -> None:
+        self.number = life.number
         self.hello = hello
         self.shadow = shadow
         self.load = 0
@@ -51,7 +51,7 @@ class Replica:
         self.open = False
         self.gone = asyncio.Event()
         self.left = asyncio.Event()
-        self._process = process
+        self._life = life
         self._ids = count()
         self._asked: dict[int, asyncio.Future[Message]] = {}
         self._runs: dict[int, asyncio.Queue[Event | Exception]] = {}
@@ -60,13 +60,13 @@ class Replica:
 
     async def attach(self) -> None:
         """Read what it says from now on, in a task of its own."""
-        reader, self._writer = await asyncio.open_unix_connection(sock=self._process.link)
+        reader, self._writer = await asyncio.open_connection(sock=self._life.link)
         self._reading = asyncio.create_task(self._read(reader))
 
     @property
     def pid(self) -> int:
         """Of its process."""
-        return self._process.pid
+        return self._life.pid
 
     def new_id(self) -> int:
         """A number for a lease, which can be released from then on."""
@@ -132,18 +132,36 @@ class Replica:
         self._stopping = True
         self._send({"do": "stop", "timeout": timeout})
 
+    def let_go(self, timeout: float) -> None:
+        """The edge ends: end it too, or leave it to the next edge."""
+        if self._life.stays and self._writer is not None:
+            self.open = False
+            self._stopping = True
+            self._writer.close()
+        else:
+            self.stop(timeout)
+
+    @property
+    def stays(self) -> bool:
+        """Whether it is there before its edge and after it."""
+        return self._life.stays
+
     @property
     def ending(self) -> str:
         """How its process ended."""
-        return self._process.ending
+        return self._life.ending
 
     def kill(self) -> None:
         """End it at once."""
-        self._process.kill()
+        self._life.kill()
 
     async def ended(self, patience: float) -> None:
-        """Until its process is no more; after `patience` seconds it is ended."""
-        await asyncio.to_thread(self._process.end, patience)
+        """Until it is no more; after `patience` seconds it is ended."""
+        if self.stays:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await self.gone.wait()
+        await asyncio.to_thread(self._life.end, patience)
 
     async def _ask(self, number: int, message: Message) -> Message:
         if self.gone.is_set():

@@ -1,0 +1,21 @@
+"""What a process that Ray started does first."""
+
+import os
+
+from loramux.server.large_pages import ask_for_large_pages
+from loramux.server.logs import configure_logs
+
+
+def prepare(log_level: str, name: str) -> None:
+    """Log, and import what everything stands on; before any other module of ours does."""
+    ask_for_large_pages()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever fetched
+    configure_logs(log_level, name)
+    from loramux.server.light_imports import import_transformers
+
+    import_transformers()
+    import prometheus_client
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
