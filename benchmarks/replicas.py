@@ -1,7 +1,7 @@
 """`python benchmarks/replicas.py`: replicas killed under load, an edge before one, and where blends go.
 
-`--only kills edge placement`, `--kills 20`, `--replicas 3`, `--ray`, `--output FILE`. Every server is the real command, or the parts
-that it has, in processes of its own.
+`--only kills edge placement`, `--kills 20`, `--replicas 3`, `--output FILE`; `--ray`: engines of Ray, in place
+of processes. Every server is the real command, or the parts that it has, in processes of its own.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,8 @@ async def main(arguments: argparse.Namespace) -> None:
     from benchmarks.machine import facts, versions
 
     found: dict[str, Any] = {"machine": facts(), "versions": versions()}
+    if arguments.ray:
+        found["versions"]["ray"] = version("ray")
     if "kills" in arguments.only:
         found["kills"] = await kills(
             arguments.kills, arguments.streams, arguments.tokens, arguments.replicas, ray=arguments.ray
