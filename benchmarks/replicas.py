@@ -1,7 +1,7 @@
 """`python benchmarks/replicas.py`: replicas killed under load, an edge before one, and where blends go.
 
-`--only kills edge placement`, `--kills 20`, `--replicas 3`, `--output FILE`; `--ray`: engines of Ray, in place
-of processes. Every server is the real command, or the parts that it has, in processes of its own.
+`--only kills edge placement`, `--kills 20`, `--replicas 3`, `--output FILE`; `--ray`: engines of Ray. Every
+server is the real command, or the parts that it has, in processes of its own.
 """
 
 import argparse
