@@ -25,7 +25,8 @@ ASK_SECONDS = 10.0
 class Edge:
     """The one replica of the deployment `edge`."""
 
-    async def __init__(self, options: dict[str, Any], engines: Any) -> None:
+    # Serve awaits it.
+    async def __init__(self, options: dict[str, Any], engines: Any) -> None:  # type: ignore[misc]
         """Read the pool and wait for all engines; `options` are `RayOptions`, `engines` the handle of their
         deployment.
 

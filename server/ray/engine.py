@@ -19,7 +19,8 @@ log = logging.getLogger("loramux")
 class Engine:
     """One replica of the deployment `engine`."""
 
-    async def __init__(self, options: dict[str, Any]) -> None:
+    # Serve awaits it.
+    async def __init__(self, options: dict[str, Any]) -> None:  # type: ignore[misc]
         """Load the base and the pool and listen for an edge; `options` are `RayOptions`.
 
         Raises:
