@@ -7,6 +7,13 @@
 #include <cstring>
 #include <vector>
 
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static inline int omp_get_num_threads() { return 1; }
+static inline int omp_get_thread_num() { return 0; }
+#endif
+
 struct bf16 {
     uint16_t bits;
 };
@@ -21,7 +28,7 @@ struct Matrix {
 
 enum Kind { KIND_BF16, KIND_F16, KIND_INT8, KIND_Q8_0, KIND_Q4_0, KIND_Q4_1 };
 // Instruction sets; BEST is the best of those that the processor has.
-enum Set { BEST, BASELINE, AVX2, AVX512 };
+enum Set { BEST, BASELINE, AVX2, AVX512, AMX };
 
 // Values of a block, whatever the kind.
 static const int64_t BLOCK = 32;
@@ -32,6 +39,7 @@ static const int64_t PIECE = 8;
 
 // The pragmas alone do not tell the preprocessor of g++ before 13 what there is: LEVEL does.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define DISPATCH 1
 #pragma GCC push_options
@@ -50,6 +58,17 @@ namespace avx512 {
 }
 #undef LEVEL
 #pragma GCC pop_options
+#if __GNUC__ >= 11 && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define MATRIX_UNIT 1
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16,prefer-vector-width=512")
+namespace amx {
+#include "amx.inc"
+}
+#pragma GCC pop_options
+#endif
 #endif
 
 #define LEVEL 1
@@ -58,12 +77,33 @@ namespace baseline {
 }
 #undef LEVEL
 
+#ifdef MATRIX_UNIT
+// Whether there is a matrix unit, and the system lets this process use it: tiles are kept for a thread only where a
+// process has asked for that. A virtual machine or an old kernel may refuse.
+static bool may_use_tiles() {
+    unsigned a, b, c, d;
+    __cpuid_count(7, 0, a, b, c, d);
+    const unsigned tiles = 1u << 24, bfloat16 = 1u << 22;
+    if (!(d & tiles) || !(d & bfloat16)) return false;
+    unsigned low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    const unsigned state = 3u << 17;  // the shapes of tiles, and what they hold
+    if ((low & state) != state) return false;
+    const int ask = 0x1023, data = 18;  // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, ask, data) == 0;
+}
+#endif
+
 static int64_t best() {
 #ifdef DISPATCH
     static const bool avx2 =
         __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#ifdef MATRIX_UNIT
+    static const bool tiles = avx512 && may_use_tiles();
+    if (tiles) return AMX;
+#endif
     return avx512 ? AVX512 : avx2 ? AVX2 : BASELINE;
 #else
     return BASELINE;
@@ -76,6 +116,9 @@ int64_t packed_linear_best(void) { return best(); }
 // y [tokens, rows] of x [tokens, 32 * blocks]. The sums of a token are made in one order, however many others there are.
 void packed_linear(const Matrix *matrix, float *y, const float *x, int64_t tokens, int64_t threads) {
     switch (matrix->set == BEST ? best() : matrix->set) {
+#ifdef MATRIX_UNIT
+        case AMX: return amx::run(*matrix, y, x, tokens, threads);
+#endif
 #ifdef DISPATCH
         case AVX512: return avx512::run(*matrix, y, x, tokens, threads);
         case AVX2: return avx2::run(*matrix, y, x, tokens, threads);
@@ -89,6 +132,7 @@ void packed_linear_widen(const Matrix *matrix, float *out, const int64_t *which,
                          int64_t threads) {
     switch (matrix->set == BEST ? best() : matrix->set) {
 #ifdef DISPATCH
+        case AMX:
         case AVX512: return avx512::widen_rows(*matrix, out, which, first, count, threads);
         case AVX2: return avx2::widen_rows(*matrix, out, which, first, count, threads);
 #endif

@@ -24,6 +24,7 @@ class Instructions(IntEnum):
     BASELINE = 1
     AVX2 = 2
     AVX512 = 3
+    AMX = 4
 
 
 class _Matrix(ctypes.Structure):
