@@ -110,12 +110,15 @@ static int64_t best() {
 #endif
 }
 
+// What is asked for, where the processor has it.
+static int64_t chosen(const Matrix &m) { return m.set == BEST || m.set > best() ? best() : m.set; }
+
 extern "C" {
 int64_t packed_linear_best(void) { return best(); }
 
 // y [tokens, rows] of x [tokens, 32 * blocks]. The sums of a token are made in one order, however many others there are.
 void packed_linear(const Matrix *matrix, float *y, const float *x, int64_t tokens, int64_t threads) {
-    switch (matrix->set == BEST ? best() : matrix->set) {
+    switch (chosen(*matrix)) {
 #ifdef MATRIX_UNIT
         case AMX: return amx::run(*matrix, y, x, tokens, threads);
 #endif
@@ -130,7 +133,7 @@ void packed_linear(const Matrix *matrix, float *y, const float *x, int64_t token
 // out [count, 32 * blocks]: rows `which`, or where it is null the rows from `first` on, as float32.
 void packed_linear_widen(const Matrix *matrix, float *out, const int64_t *which, int64_t first, int64_t count,
                          int64_t threads) {
-    switch (matrix->set == BEST ? best() : matrix->set) {
+    switch (chosen(*matrix)) {
 #ifdef DISPATCH
         case AMX:
         case AVX512: return avx512::widen_rows(*matrix, out, which, first, count, threads);

@@ -75,6 +75,10 @@ class NativeMatrix:
         owners = (packed.data, packed.scales, None if bias is None else bias.detach().float().contiguous())
         if any(tensor is not None and tensor.device.type != "cpu" for tensor in owners):
             raise ValueError("native packed_linear is for tensors on the CPU")
+        best = found.packed_linear_best()
+        chosen = best if instructions is Instructions.BEST else min(instructions, best)
+        #: Whether it multiplies any number of tokens faster than torch does widened rows.
+        self.takes_many = chosen == Instructions.AMX
         self._multiply, self._widen = found.packed_linear, found.packed_linear_widen
         self._owners = owners  # the addresses are good for as long as these live
         data, scales, added = (None if tensor is None else tensor.data_ptr() for tensor in owners)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from loramux.kernels.packed_linear.kinds import Packed, unpack
 from loramux.kernels.packed_linear.native import Instructions, NativeMatrix, library
 
-#: For more tokens than this, rows are widened once and multiplied by torch.
+#: For more tokens than this, rows are widened once and multiplied by torch; not where there is AMX.
 FEW = 64
 #: Values that are widened at a time then: they stay in a cache that threads share.
 _PIECE = 2**20
@@ -42,7 +42,7 @@ class StoredLinear(nn.Linear):
         if native is None:
             return F.linear(x.float(), unpack(self.packed), self.bias).to(x.dtype)
         tokens = x.numel() // self.in_features
-        y = native.multiply(x) if tokens <= FEW else self._by_pieces(native, x)
+        y = native.multiply(x) if tokens <= FEW or native.takes_many else self._by_pieces(native, x)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     def _by_pieces(self, native: NativeMatrix, x: Tensor) -> Tensor:
