@@ -63,6 +63,10 @@ def ray(
     from loramux.server.ray.options import RayOptions
 
     count = settings.replicas
+    if address is None:
+        from loramux.server.pool.routing import open_pool
+
+        open_pool(settings)  # what is wrong with it is said at once, not after each engine has tried
     if cpus is None:
         cpus = 1 if address is not None else max(1, (os.cpu_count() or 1) // count)
     deploy.connect(address, count * cpus + 1)

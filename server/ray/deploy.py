@@ -76,7 +76,7 @@ def deploy(options: RayOptions, settings: Settings) -> None:
         serve.start(http_options={"host": settings.host, "port": settings.port}, logging_config=quiet)
         serve.run(application(options), name=NAME, route_prefix="/", logging_config=quiet)
     except (RuntimeError, ValueError) as error:
-        raise StartError(f"Ray Serve: {_line(error)}") from None
+        raise StartError(f"Ray Serve: {_cause() or _line(error)}") from None
 
 
 @contextmanager
@@ -100,6 +100,16 @@ def end() -> None:
 
     serve.shutdown()
     ray.shutdown()
+
+
+def _cause() -> str | None:
+    """The last error that a deployment reports."""
+    from ray import serve
+
+    application = serve.status().applications.get(NAME)
+    reports = [] if application is None else [one.message for one in application.deployments.values()]
+    found = [line.strip() for report in reports for line in report.splitlines() if "Error: " in line]
+    return found[-1] if found else None
 
 
 def _line(error: Exception) -> str:

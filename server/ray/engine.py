@@ -30,6 +30,7 @@ class Engine:
 
         from loramux.server.ray.seat import Seat
 
+        self._seat: Seat | None = None
         core = await asyncio.to_thread(_build, RayOptions(**options))
         self._seat = Seat(core, _end)
         self._address = await self._seat.open(get_node_ip_address(), f"{os.getpid()}")
@@ -40,11 +41,13 @@ class Engine:
 
     def check_health(self) -> None:
         """Ray Serve asks; raises where the engine has died."""
-        self._seat.check()
+        if self._seat is not None:
+            self._seat.check()
 
     async def __del__(self) -> None:
-        """Ray Serve is about to end it: its work moves."""
-        await self._seat.leave()
+        """Ray Serve is about to end it: its work moves. It may never have come up."""
+        if self._seat is not None:
+            await self._seat.leave()
 
 
 def _build(options: RayOptions) -> "Core":
