@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loramux.server.errors import StartError, UsageError
+from loramux.server.errors import StartError
 from loramux.server.ray.deploy import connect, shipped
 from loramux.server.ray.options import RayOptions
 from loramux.server.settings import api_keys, load_settings
@@ -36,13 +36,3 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     with pytest.raises(StartError, match=r"pip install 'loramux\[ray\]'"):
         connect(None, 1)
-
-
-@pytest.mark.parametrize(
-    ("words", "complaint"), [((), "--replicas"), (("--replicas", "2", "--port", "0"), "--port")]
-)
-def test_a_call_that_cannot_be(words: tuple[str, ...], complaint: str) -> None:
-    from loramux.server.cli import app
-
-    with pytest.raises(UsageError, match=complaint):
-        app(["deploy", "ray", *words], standalone_mode=False)
