@@ -1,10 +1,10 @@
-// Drives the page in Chromium: node playground.cjs URL KEYED_URL CHROMIUM [PICTURES]. One JSON line for each check.
+// Drives the page in Chromium: node playground.cjs URL KEYED_URL CHROMIUM [PICTURES SHOWN_URL]. One JSON line for each check.
 "use strict";
 const assert = require("node:assert/strict");
 const fs = require("node:fs");
 const { chromium } = require("playwright-core");
 
-const [url, keyedUrl, executablePath, pictures] = process.argv.slice(2);
+const [url, keyedUrl, executablePath, pictures, shownUrl] = process.argv.slice(2);
 const ARSENAL = "What is the total number of wins when the team is Arsenal?";
 const LOGS = "Find all .log files larger than 10 megabytes in /var";
 const complaints = [];
@@ -22,7 +22,7 @@ async function open(options = {}, address = url) {
   });
   page.on("dialog", dialog => dialog.accept());
   await page.goto(address);
-  if (address === url) await page.waitForSelector(".examples button");
+  if (address !== keyedUrl) await page.waitForSelector(".examples button");
   return page;
 }
 
@@ -403,6 +403,12 @@ const checks = {
   async "at 320 and 360 pixels everything is there and reachable by keyboard"() {
     for (const width of [320, 360]) {
       const page = await open({ viewport: { width, height: 640 } });
+      const edge = await page.evaluate(() => {
+        const example = document.querySelector(".examples button");
+        example.append("answer1/answer2/answer3/answer4/answer5");
+        return example.getBoundingClientRect().right;
+      });
+      assert.ok(edge <= width - 12, `a long word widens the example to ${edge}`);
       await page.focus("#menu"); await page.keyboard.press("Enter");
       assert.equal(await page.evaluate(() => document.activeElement.id), "new");
       await page.keyboard.press("Escape");
@@ -440,9 +446,9 @@ async function takePictures() {
     ["chat-light", { width: 1280, height: 800 }, "light", async page => { await ask(page, ARSENAL); await ask(page, "Why was my card payment declined?"); await page.locator("[aria-label='Why these experts']").last().click(); }],
     ["compare-dark", { width: 1280, height: 620 }, "dark", async page => { await page.click("#side a[href='#compare']"); await page.fill("#compare-prompt", ARSENAL); await page.press("#compare-prompt", "Enter"); await page.waitForTimeout(300); await page.waitForSelector("#compare-send[aria-label=Compare]"); }],
     ["experts-light", { width: 1280, height: 900 }, "light", async page => { await page.click("#side a[href='#experts']"); await page.fill("#probe", "What is the punishment for theft under the penal code?"); await page.waitForSelector("#experts-map .here"); }],
-    ["chat-narrow-dark", { width: 360, height: 740 }, "dark", async page => { await ask(page, ARSENAL); await ask(page, LOGS); }],
+    ["chat-narrow-dark", { width: 360, height: 740 }, "dark", async page => { await ask(page, ARSENAL); await ask(page, "Count the lines of all .py files in the current directory"); }],
   ]) {
-    const page = await open({ viewport, colorScheme });
+    const page = await open({ viewport, colorScheme }, shownUrl);
     await set(page, { temperature: "0" });
     await steps(page);
     await page.mouse.move(0, 0); await page.waitForTimeout(400);

@@ -38,6 +38,7 @@ PYTHON = {
     "with_instructor.py": ["instructor"],
     "with_llm.py": ["llm"],
     "with_litellm_proxy.py": ["litellm[proxy]"],
+    "with_guidellm.py": ["guidellm"],
 }
 NODE = {
     "with_openai.mjs": ["openai"],

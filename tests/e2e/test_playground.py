@@ -10,12 +10,15 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from loramux.server.settings import DEFAULT_POOL
 from tests.e2e.conftest import Server
+from tests.e2e.conftest import serving as command
 from tests.http.serving import serving
 
 ROOT = Path(__file__).parents[2]
@@ -56,11 +59,18 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Every check's outcome; the browser is started once for all."""
     server: Server = request.getfixturevalue("server")
     pictures = os.environ.get("PLAYGROUND_PICTURES")
-    with serving(tmp_path_factory.mktemp("pool"), keys=("right-key",)) as keyed:
+    with ExitStack() as stack:
+        keyed = stack.enter_context(serving(tmp_path_factory.mktemp("pool"), keys=("right-key",)))
+        # Pictures show what a stranger sees: the pool that ships.
+        shown = (
+            [pictures, stack.enter_context(command("--pool", str(DEFAULT_POOL))).url + "/"]
+            if pictures
+            else []
+        )
         done = subprocess.run(
             [
                 str(NODE), str(SCRIPT), f"{server.url}/", f"{keyed.url}/", str(BROWSER),
-                *([pictures] if pictures else []),
+                *shown,
             ],
             env={**os.environ, "NODE_PATH": MODULES},
             capture_output=True,
