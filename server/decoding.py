@@ -20,10 +20,17 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The engine began a sequence; `cached_tokens` of its prompt needed no prefill."""
+    """The engine began a sequence."""
 
     index: int
-    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """So many tokens of a sequence's prompt needed no prefill."""
+
+    index: int
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,7 @@ class Scored:
 
 async def decode(
     engine: Engine, vocabulary: Vocabulary, ask: Ask, job_id: str, adapter: object
-) -> AsyncGenerator[Begun | Scored | Delta]:
+) -> AsyncGenerator[Begun | Cached | Scored | Delta]:
     """All sequences of `ask` at once, their events as they come.
 
     Closing it aborts every sequence and returns when the engine has let go of all of them.
@@ -51,7 +58,7 @@ async def decode(
 
 async def _sequence(
     engine: Engine, vocabulary: Vocabulary, ask: Ask, sequence: AskSequence, work_id: str, adapter: object
-) -> AsyncGenerator[Begun | Scored | Delta]:
+) -> AsyncGenerator[Begun | Cached | Scored | Delta]:
     index, prompt = sequence.index, sequence.prompt
     detokenizer = Detokenizer(vocabulary, frozenset() if ask.tools is None else ask.tools.visible)
     stops = StopScanner(ask.stop)
@@ -61,7 +68,8 @@ async def _sequence(
         async for event in events:
             match event:
                 case Started():
-                    yield Begun(index, event.cached_tokens)
+                    yield Begun(index)
+                    yield Cached(index, event.cached_tokens)
                     if ask.echo and ask.prompt_logprobs is None:
                         yield Delta(index, prompt.text, echo=True)
                 case PromptScored():
@@ -80,6 +88,7 @@ async def _sequence(
                     if ended:
                         return
                 case Finished():
+                    yield Cached(index, event.cached_tokens)
                     # An end token has no text, but whoever sums up log-probabilities needs its entry.
                     last = () if event.score is None or not ask.score_end else (ScoredToken(event.score, ""),)
                     said = reader.feed(stops.feed(detokenizer.finish()) + stops.finish()) + reader.finish()

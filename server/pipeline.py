@@ -9,7 +9,7 @@ from loramux.adapters.residency import Lease
 from loramux.server.ask import Ask
 from loramux.server.audit import Audits
 from loramux.server.counterfactuals import Counterfactuals
-from loramux.server.decoding import Begun, Scored, decode
+from loramux.server.decoding import Begun, Cached, Scored, decode
 from loramux.server.engine.protocol import Engine
 from loramux.server.events import BlendReport, Closed, Delta, Event, Opened
 from loramux.server.job import Job, State
@@ -96,8 +96,9 @@ class Pipeline:
                 match item:
                     case Begun():
                         job.started()
+                    case Cached():
                         # A prompt counts once in `usage`, and so do its cached tokens: with the first choice.
-                        cached_tokens += item.cached_tokens if item.index % ask.n == 0 else 0
+                        cached_tokens += item.tokens if item.index % ask.n == 0 else 0
                     case Scored():
                         assert explaining is not None
                         explaining.served(item.scores)

@@ -9,11 +9,13 @@ from loramux.adapters.errors import BlendError
 from loramux.server.backend.errors import BackendDown, BackendError, BlendForgotten
 from loramux.server.backend.fleet import Fleet, Member
 from loramux.server.backend.protocol import Backend
+from loramux.server.engine.course import Course
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineOverloaded,
     EngineStats,
     Event,
+    Finished,
     Token,
     Work,
 )
@@ -34,7 +36,8 @@ class RemoteEngine(Generic[Server]):
     """Implements `Engine` over a fleet.
 
     A sequence that fails before its first token, because its backend is gone or has forgotten the blend, is
-    sent again: to the same one after loading the blend anew, or to the next.
+    sent again: to the same one after loading the blend anew, or to the next. One that breaks off later goes
+    on at the next, where its backend can take the tokens so far as a part of the prompt.
 
     Args:
         handles: the kind of handle that the residency gives out.
@@ -59,7 +62,7 @@ class RemoteEngine(Generic[Server]):
         self._patience = patience
         self._looking: list[asyncio.Task[None]] = []
         self._open = False
-        self._running = self._waiting = self._prefill = self._decoded = 0
+        self._running = self._waiting = self._prefill = self._decoded = self._cached = 0
 
     @property
     def max_context(self) -> int:
@@ -114,6 +117,7 @@ class RemoteEngine(Generic[Server]):
                         self._waiting, self._running = self._waiting - 1, self._running + 1
                         self._prefill += len(work.prompt)
                     self._decoded += isinstance(event, Token)
+                    self._cached += event.cached_tokens if isinstance(event, Finished) else 0
                     yield event
         finally:
             if begun:
@@ -127,11 +131,12 @@ class RemoteEngine(Generic[Server]):
             waiting=self._waiting,
             prefill_tokens=self._prefill,
             decode_tokens=self._decoded,
+            prefix_hit_tokens=self._cached,
             stalled=self._fleet.stalled(),
         )
 
     async def _attempts(self, work: Work, handle: RemoteHandle[Server] | None) -> AsyncGenerator[Event]:
-        said = False
+        course = Course(work)
         problems: list[BackendError] = []
         for member in self._fleet.order(None if handle is None else handle.key):
             for last in (False, True):
@@ -142,14 +147,15 @@ class RemoteEngine(Generic[Server]):
                         problems.append(error)
                         break
                     try:
-                        async with aclosing(member.server.stream(work, mixture)) as events:
+                        async with aclosing(member.server.stream(course.next(), mixture)) as events:
                             async for event in events:
-                                said = True
-                                yield event
+                                course.sent = True
+                                if course.take(event):
+                                    yield event
                         return
                     except (BackendDown, BlendForgotten) as error:
                         member.lost(str(error))
-                        if said or not self._open:
+                        if not self._open or (course.answered and not member.server.can_resume(work)):
                             raise
                         if last or isinstance(error, BackendDown):
                             problems.append(error)

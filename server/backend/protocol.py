@@ -55,6 +55,10 @@ class Backend(Protocol):
         """A text in its vocabulary, nothing added."""
         ...
 
+    def can_resume(self, work: Work) -> bool:
+        """Whether a sequence that broke off elsewhere goes on here with `answered` as it would have there."""
+        ...
+
     def stream(self, work: Work, mixture: Mapping[str, object]) -> AsyncGenerator[Event]:
         """Events of one sequence, as an engine's; closing it aborts the sequence there.
 

@@ -3,11 +3,11 @@
 import json
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loramux.server.backend.connection import Connection, Refused
-from loramux.server.backend.errors import BackendError, BlendForgotten
+from loramux.server.backend.errors import BackendDown, BackendError, BlendForgotten
 from loramux.server.backend.protocol import BackendFacts
 from loramux.server.engine.protocol import (
     LEAST_TEMPERATURE,
@@ -103,6 +103,9 @@ class VllmBackend:
             if error.status != _NOT_FOUND:
                 raise
 
+    def can_resume(self, work: Work) -> bool:
+        return can_resume(work)
+
     async def stream(self, work: Work, mixture: Mapping[str, object]) -> AsyncGenerator[Event]:
         body = self._body(work) | dict(mixture)
         try:
@@ -110,9 +113,9 @@ class VllmBackend:
                 scores = await self._prompt_scores(work, body)
                 yield Started()
                 yield PromptScored(scores)
-            elif not work.sampling.max_tokens:
+            elif not body["max_tokens"]:
                 yield Started()
-            if not work.sampling.max_tokens:
+            if not body["max_tokens"]:
                 yield Finished("length")
                 return
             async with aclosing(self._http.events(COMPLETIONS, body)) as chunks:
@@ -125,22 +128,33 @@ class VllmBackend:
         self, work: Work, chunks: AsyncGenerator[dict[str, Any]], *, started: bool
     ) -> AsyncGenerator[Event]:
         stops = self._stops(work)
-        async for chunk in chunks:
-            for choice in chunk.get("choices") or ():
-                if not started:
-                    started = True
-                    yield Started()
-                scores = self._scores(choice, work.sampling.logprobs)
-                reason = choice.get("finish_reason")
-                last = scores[-1] if reason == "stop" and scores and scores[-1].id in stops else None
-                for score in scores if last is None else scores[:-1]:
-                    yield Token(score)
-                if reason in ("stop", "length"):
-                    yield Finished(reason, None if last is None else last.id, last)
-                    return
-                if reason is not None:
-                    raise BackendError(f"backend {self.url}: the sequence ended with {reason!r}")
-        raise BackendError(f"backend {self.url}: the answer ended without a finish reason")
+        ended: Finished | None = None
+        try:
+            async for chunk in chunks:
+                for choice in chunk.get("choices") or ():
+                    if not started:
+                        started = True
+                        yield Started()
+                    scores = self._scores(choice, work.sampling.logprobs)
+                    reason = choice.get("finish_reason")
+                    last = scores[-1] if reason == "stop" and scores and scores[-1].id in stops else None
+                    for score in scores if last is None else scores[:-1]:
+                        yield Token(score)
+                    if reason in ("stop", "length"):
+                        ended = Finished(reason, None if last is None else last.id, last)
+                    elif reason is not None:
+                        raise BackendError(f"backend {self.url}: the sequence ended with {reason!r}")
+                if ended is not None and chunk.get("usage"):
+                    # What a request of our own has just scored was found, but not spared.
+                    known = work.prompt_logprobs is None and work.answered is None
+                    ended = replace(ended, cached_tokens=cached_tokens(chunk["usage"]) if known else 0)
+                    break
+        except BackendDown:
+            if ended is None:
+                raise
+        if ended is None:
+            raise BackendError(f"backend {self.url}: the answer ended without a finish reason")
+        yield ended
 
     def _scores(self, choice: Mapping[str, Any], wanted: int | None) -> list[TokenScore]:
         """The tokens of a chunk."""
@@ -183,11 +197,11 @@ class VllmBackend:
         return tuple(scores)
 
     def _body(self, work: Work) -> dict[str, object]:
-        sampling = work.sampling
+        sampling, answered = work.sampling, work.answered or ()
         body: dict[str, object] = {
             "model": self._base,
-            "prompt": list(work.prompt),
-            "max_tokens": sampling.max_tokens,
+            "prompt": [*work.prompt, *answered],
+            "max_tokens": sampling.max_tokens - len(answered),
             "temperature": sampling.temperature if sampling.temperature >= LEAST_TEMPERATURE else 0.0,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
@@ -199,6 +213,7 @@ class VllmBackend:
             "ignore_eos": True,
             "add_special_tokens": False,
             "stream": True,
+            "stream_options": {"include_usage": True},
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
@@ -245,6 +260,25 @@ class VllmBackend:
         if not isinstance(found, dict) or key not in found:
             raise BackendError(f"backend {self.url}: {path} has no {key!r}", "is it vLLM?")
         return found[key]
+
+
+def can_resume(work: Work) -> bool:
+    """Whether the tokens so far, as the end of a prompt, make vLLM go on as it would have done.
+
+    They do not where it counts tokens of the answer: for a seeded draw, a penalty on what was said, or the
+    place in a grammar. A draw without a seed has no tokens that it would have had, only their distribution.
+    """
+    sampling = work.sampling
+    greedy = sampling.temperature < LEAST_TEMPERATURE
+    penalised = bool(sampling.presence_penalty or sampling.frequency_penalty)
+    return (greedy or sampling.seed is None) and not penalised and work.grammar is None
+
+
+def cached_tokens(usage: Mapping[str, Any]) -> int:
+    """Of a prompt, those that were in the cache; vLLM tells with `--enable-prompt-tokens-details` alone, and
+    leaves a zero out."""
+    found = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    return found if isinstance(found, int) else 0
 
 
 def lark(grammar: str) -> str:

@@ -89,11 +89,13 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Always the last event. `stop_token` is the token that ended the sequence, if one did, and its score."""
+    """Always the last event. `stop_token` is the token that ended the sequence, if one did, and its score.
+    `cached_tokens` are as in `Started`, from an engine that tells of them no earlier."""
 
     reason: FinishReason
     stop_token: int | None = None
     score: TokenScore | None = field(default=None, compare=False)
+    cached_tokens: int = 0
 
 
 Event = Started | PromptScored | Token | Finished

@@ -75,7 +75,8 @@ def event_body(event: Event) -> list[Any]:
         case PromptScored():
             return ["prompt", [_score_body(score) for score in event.scores]]
         case Finished():
-            return ["finished", event.reason, event.stop_token, event.score and _score_body(event.score)]
+            last = event.score and _score_body(event.score)
+            return ["finished", event.reason, event.stop_token, last, event.cached_tokens]
 
 
 def event_of(body: list[Any]) -> Event:
@@ -89,8 +90,8 @@ def event_of(body: list[Any]) -> Event:
             return Started(cached)
         case ["prompt", scores]:
             return PromptScored(tuple(map(_score_of, scores)))
-        case ["finished", reason, stop, score]:
-            return Finished(reason, stop, None if score is None else _score_of(score))
+        case ["finished", reason, stop, score, cached]:
+            return Finished(reason, stop, None if score is None else _score_of(score), cached)
     raise ValueError(f"no event: {body!r}")
 
 

@@ -4,8 +4,9 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
+from loramux.server.engine.course import Course
 from loramux.server.engine.protocol import (
     EngineClosed,
     EngineError,
@@ -13,9 +14,6 @@ from loramux.server.engine.protocol import (
     EngineStats,
     Event,
     Finished,
-    PromptScored,
-    Started,
-    Token,
     Work,
 )
 from loramux.server.replicas.fleet import Fleet
@@ -26,36 +24,6 @@ log = logging.getLogger("loramux")
 
 #: Where a new sequence is tried: at home, and at two others if that is full.
 MAX_TRIES = 3
-
-
-@dataclass(slots=True)
-class _Course:
-    """How far a sequence has come, which is all that another replica needs to go on."""
-
-    work: Work
-    answered: list[int] = field(default_factory=list)
-    sent: bool = False
-    started: bool = False
-    scored: bool = False
-
-    def next(self) -> Work:
-        """What to send: all of it, or what is left."""
-        if not self.sent:
-            return self.work
-        wanted = None if self.scored else self.work.prompt_logprobs
-        return replace(self.work, answered=tuple(self.answered), prompt_logprobs=wanted)
-
-    def take(self, event: Event) -> bool:
-        """Whether the event is news."""
-        match event:
-            case Started():
-                news, self.started = not self.started, True
-                return news
-            case PromptScored():
-                self.scored = True
-            case Token():
-                self.answered.append(event.score.id)
-        return True
 
 
 class FleetEngine:
@@ -84,7 +52,7 @@ class FleetEngine:
 
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         hold = work.adapter if isinstance(work.adapter, Hold) else Hold(self._fleet, None)
-        course = _Course(_seeded(work))
+        course = Course(_seeded(work))
         full: dict[Replica, EngineOverloaded] = {}
         deaths = 0
         try:

@@ -19,7 +19,7 @@ from loramux.server.errors import StartError
 from loramux.server.parts import Parts
 from loramux.server.settings import Settings, load_settings
 from tests.backend_kit import Oracle
-from tests.fake_vllm import FakeVllm
+from tests.fake_vllm import BLOCK, FakeVllm
 from tests.fake_vllm import listening as faking
 from tests.http.serving import listening
 from tests.kit import DEMO_POOL
@@ -188,6 +188,43 @@ def test_ready_says_no_while_every_backend_is_down(tmp_path: Path) -> None:
                 settled(lambda: http.get("/ready").status_code == 200)
                 assert "loramux_ready 1.0" in http.get("/metrics").text
                 assert http.post("/v1/completions", json=asked).status_code == 200
+
+
+def test_a_stream_that_a_lost_backend_leaves_goes_on_at_the_other(tmp_path: Path) -> None:
+    fakes = [FakeVllm(DEMO_POOL / "base"), FakeVllm(DEMO_POOL / "base")]
+    with ExitStack() as stack:
+        urls = [stack.enter_context(faking(fake)) for fake in fakes]
+        parts = assemble(settings(",".join(urls), tmp_path))
+        ours, _ = stack.enter_context(listening(parts))
+        http = stack.enter_context(httpx.Client(base_url=ours, timeout=120))
+        asked = {"model": BASE, "prompt": "SELECT name", "lora": LORA, "max_tokens": 12, "ignore_eos": True}
+
+        def streamed(**fields: Any) -> tuple[str, list[str | None], list[dict[str, Any]]]:
+            body = {**asked, "temperature": 0, "stream": True, **fields}
+            lines = http.post("/v1/completions", json=body).text.splitlines()
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            choices = [choice for event in events for choice in event.get("choices", ())]
+            errors = [event["error"] for event in events if "error" in event]
+            return "".join(one["text"] for one in choices), [one["finish_reason"] for one in choices], errors
+
+        expected = streamed()
+        home = next(fake for fake in fakes if ("load", fake.bodies[-1]["model"]) in fake.calls)
+        home.break_after = 5
+        assert streamed() == expected
+        assert expected[1][-1] == "length"
+        # vLLM would draw other tokens than the seed had: that is an error, and says so.
+        for fake in fakes:
+            fake.break_after = 5
+        (error,) = streamed(temperature=1.0, seed=7)[2]
+        assert error["code"] == "backend_down"
+
+
+def test_usage_has_the_cached_tokens_of_the_backend(front: Front) -> None:
+    body = {"model": BASE, "prompt": "How many tokens of this prompt are known already?", "lora": LORA}
+    first, again = (front.complete(**body)["usage"] for _ in range(2))
+    known = again["prompt_tokens_details"]["cached_tokens"]
+    assert first["prompt_tokens_details"]["cached_tokens"] < known < again["prompt_tokens"]
+    assert known % BLOCK == 0
 
 
 def settled(condition: Callable[[], bool]) -> None:

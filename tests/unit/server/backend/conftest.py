@@ -50,6 +50,7 @@ def servers(running: tuple[list[FakeVllm], list[str]]) -> tuple[list[FakeVllm], 
         fake.calls.clear()
         fake.bodies.clear()
         fake.refuse = fake.break_after = None
+        fake.prompt_tokens_details = True
     return running
 
 

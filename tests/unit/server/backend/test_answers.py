@@ -107,6 +107,23 @@ def test_every_parameter_is_sent_so_that_the_servers_defaults_have_no_say(run: R
     run(test)
 
 
+def test_cached_tokens_are_passed_on(run: Run) -> None:
+    async def test(found: Behind) -> None:
+        prompt = tuple(range(20, 31))
+        blend, other = found.blend(a=1.0), found.blend(b=1.0)
+        assert (await found.ask(blend, prompt)).finished.cached_tokens == 0
+        assert (await found.ask(blend, prompt)).finished.cached_tokens == 8
+        assert (await found.ask(blend, [*prompt[:6], 99])).finished.cached_tokens == 4
+        assert (await found.ask(other, prompt)).finished.cached_tokens == 0
+        # What a request of our own has computed for the scores is no gain.
+        assert (await found.ask(blend, prompt, prompt_logprobs=0)).finished.cached_tokens == 0
+        assert found.engine.stats().prefix_hit_tokens == 12
+        found.fakes[0].prompt_tokens_details = False
+        assert (await found.ask(blend, prompt)).finished.cached_tokens == 0
+
+    run(test)
+
+
 def test_an_aborted_sequence_leaves_nothing(run: Run) -> None:
     async def test(found: Behind) -> None:
         tasks = [asyncio.create_task(found.ask(found.blend(a=1.0), PROMPT, 200)) for _ in range(3)]

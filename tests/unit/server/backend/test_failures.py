@@ -136,6 +136,88 @@ def test_a_backend_with_another_base_is_passed_over(run: Run) -> None:
     run(test, count=2, adapters=8)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"logprobs": 2},
+        {"prompt_logprobs": 1},
+        {"repetition_penalty": 1.3, "logit_bias": {9: 1.0}, "seed": 3},
+        {"temperature": 1.0},  # without a seed: some tokens, as many as were asked for
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("after", [0, 1, 4])
+def test_an_answer_that_breaks_off_goes_on_at_another_backend(
+    run: Run, after: int, options: dict[str, Any]
+) -> None:
+    async def test(found: Behind) -> None:
+        blend = found.blend(a=0.6, b=0.4)
+        expected = await found.ask(blend, PROMPT, 6, **options)
+        home = next(fake for fake in found.fakes if loaded_at(fake))
+        other = next(fake for fake in found.fakes if fake is not home)
+        home.break_after = after
+        answer = await found.ask(blend, PROMPT, 6, **options)
+        assert [type(event) for event in answer.events] == [type(event) for event in expected.events]
+        if options.get("temperature") is None:
+            assert answer.tokens == expected.tokens
+            for own, theirs in zip(answer.scores, expected.scores, strict=True):
+                assert own.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+        assert answer.finished.reason == expected.finished.reason
+        last = other.bodies[-1]
+        assert last["prompt"] == [*PROMPT, *answer.tokens[:after]]
+        assert last["max_tokens"] == 6 - after
+        scored = [body for fake in found.fakes for body in fake.bodies if "prompt_logprobs" in body]
+        assert len(scored) == 2 * ("prompt_logprobs" in options)
+
+    run(test, count=2)
+
+
+def test_a_lost_backend_whose_answer_was_whole_ends_it(run: Run) -> None:
+    async def test(found: Behind) -> None:
+        found.fakes[0].break_after = 6  # before the usage
+        assert len((await found.ask(found.blend(a=1.0), PROMPT, 6)).tokens) == 6
+        assert found.fleet.members[0].down is None
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1.0, "seed": 5}, {"presence_penalty": 0.5}, {"frequency_penalty": 0.5}],
+    ids=str,
+)
+def test_what_counts_the_tokens_of_an_answer_is_not_gone_on_with(run: Run, options: dict[str, Any]) -> None:
+    async def test(found: Behind) -> None:
+        blend = found.blend(a=0.6, b=0.4)
+        expected = await found.ask(blend, PROMPT, 6, **options)
+        home = next(fake for fake in found.fakes if loaded_at(fake))
+        home.break_after = 2
+        with pytest.raises(BackendDown):
+            await found.ask(blend, PROMPT, 6, **options)
+        # Before its first token there is nothing to go on with: it is sent again.
+        home.break_after = 0
+        assert (await found.ask(blend, PROMPT, 6, **options)).tokens == expected.tokens
+
+    run(test, count=2)
+
+
+def test_an_answer_that_breaks_off_everywhere_is_told(run: Run) -> None:
+    async def test(found: Behind) -> None:
+        blend = found.blend(a=1.0)
+        await found.ask(blend, PROMPT, 6)
+        for fake in found.fakes:
+            fake.break_after = 2
+            fake.bodies.clear()
+        with pytest.raises(BackendDown, match=r"127.0.0.1:\d+: .*; backend http://127.0.0.1:\d+: "):
+            await found.ask(blend, PROMPT, 6)
+        asked = [body["prompt"] for fake in found.fakes for body in fake.bodies]
+        ours = sorted(len(prompt) for prompt in asked if tuple(prompt[: len(PROMPT)]) == PROMPT)
+        assert ours == [len(PROMPT), len(PROMPT) + 2]
+
+    run(test, count=2)
+
+
 def test_an_answer_that_breaks_off_is_told_and_not_repeated(run: Run) -> None:
     async def test(found: Behind) -> None:
         await found.ask(found.blend(a=1.0))

@@ -83,6 +83,7 @@ def test_a_work_is_the_same_work_there() -> None:
         Token(TokenScore(7, -0.1234567890123456789, ((7, -0.1), (8, -2.0)))),
         PromptScored((TokenScore(1), TokenScore(2, -1.5, ((3, -0.5),)))),
         Finished("length"),
+        Finished("length", cached_tokens=16),
         Finished("stop", 3, TokenScore(3, -0.25)),
     ],
     ids=lambda event: type(event).__name__,
