@@ -7,7 +7,9 @@ let failed = 0;
 
 export function started(...names) {
   const version = (name) => JSON.parse(readFileSync(`node_modules/${name}/package.json`)).version;
-  console.log("version", names.map((name) => `${name} ${version(name)}`).join(", "));
+  // Two libraries are called openai.
+  const shown = (name) => `${name} ${version(name)}${name === "openai" ? " (JavaScript)" : ""}`;
+  console.log("version", names.map(shown).join(", "));
 }
 
 export async function check(name, work) {
