@@ -5,11 +5,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import (
     BeforeValidator,
     Field,
+    GetJsonSchemaHandler,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from loramux.server.text.prompts import Turn
 from loramux.server.wire.strict import NESTED_UNSUPPORTED, StrictModel, field_error, limits_of, no_longer_than
@@ -126,3 +129,16 @@ class TextOrChat(StrictModel):
         if len(given) != 1:
             raise field_error(self.TEXT, "or messages is required, and not both")
         return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """With that rule in the document, so that who makes requests of it makes valid ones."""
+        found = handler(schema)
+        names = (cls.TEXT, "messages")
+        handler.resolve_ref_schema(found)["oneOf"] = [
+            {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
+            for one, other in (names, names[::-1])
+        ]
+        return found

@@ -175,6 +175,21 @@ def test_a_request_that_is_refused_is_not_one_of_it(served: Served, document: di
         check(document, responses["400"]["content"]["application/json"]["schema"], answer.json())
 
 
+@pytest.mark.parametrize(("path", "text"), [("/tokenize", "prompt"), ("/v1/route", "input")])
+def test_a_text_or_a_chat_is_said_to_be_one_of_them(
+    served: Served, document: dict[str, Any], path: str, text: str
+) -> None:
+    schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    chat, words = {"messages": ASK["messages"]}, {text: "law"}
+    for body in (chat, words, {**words, "messages": None}, {**chat, text: None}):
+        check(document, schema, body)
+        assert served.http.post(path, json=body).status_code == 200
+    for wrong in ({}, {**chat, **words}, {text: None}, {"messages": None}, {text: None, "messages": None}):
+        with pytest.raises(ValidationError):
+            check(document, schema, wrong)
+        assert served.http.post(path, json=wrong).status_code == 400
+
+
 def test_the_examples_are_served(served: Served, document: dict[str, Any]) -> None:
     for path in (CHAT, COMPLETIONS, RESPONSES, "/v1/route", "/tokenize", "/detokenize"):
         body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
