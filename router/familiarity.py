@@ -7,6 +7,7 @@ Cosines cannot say this: to a text about something else one centroid is always t
 the experts is then as sure as ever.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,6 +24,10 @@ Scores = npt.NDArray[np.float64]
 GENERAL_WEIGHT = 0.5
 #: Half the difference of two squared distances is the logit of a discriminant: its width in distance is 2.
 LOGIT = 2.0
+#: The share of texts that are expected to be an expert's: the prior of the curve and of the discriminant.
+KNOWN_SHARE = 0.95
+#: Where such a discriminant is undecided: everyday talk has to be nearer by this.
+UNDECIDED = LOGIT * math.log(KNOWN_SHARE / (1 - KNOWN_SHARE))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,12 +71,14 @@ def familiar(nearest: Scores, everyday: Scores | None, center: float, scale: flo
     """Squared distances [n] to the nearest expert's mean and to that of everyday talk -> probability [n].
 
     A text is known if it is near to an expert, which is told by a curve over the distance less half of that
-    to everyday talk, and if it is nearer to that expert than to everyday talk. One alone is not enough: the
-    first calls everyday talk known that resembles an expert's texts, the second whatever is far from both.
+    to everyday talk, and if it is not everyday talk to a discriminant that expects 95 % of an expert's. One
+    alone is not enough: the first calls everyday talk known that resembles an expert's texts, the second
+    whatever is far from both.
     """
     if everyday is None:
         return known(nearest, center, scale)
-    found: Scores = known(nearness(nearest, everyday), center, scale) * known(nearest - everyday, 0.0, LOGIT)
+    is_expert = known(nearest - everyday, UNDECIDED, LOGIT)
+    found: Scores = known(nearness(nearest, everyday), center, scale) * is_expert
     return found
 
 

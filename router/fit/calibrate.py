@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RouterError
+from ..familiarity import KNOWN_SHARE
 from ..router import hybrid_scores
 from ..state import Calibration
 
@@ -98,7 +99,7 @@ def calibrate(scores: Scores, labels: Labels, rejected: float) -> Calibration:
     return Calibration(temperature, fit_threshold(scores, rejected))
 
 
-def fit_curve(own: Scores, foreign: Scores, known_share: float = 0.95) -> tuple[float, float]:
+def fit_curve(own: Scores, foreign: Scores, known_share: float = KNOWN_SHARE) -> tuple[float, float]:
     """Center and scale of a logistic curve over distance, from held-out texts and from foreign ones.
 
     Minimises the cross-entropy with the groups weighted by what is expected, `known_share` of own texts, and
