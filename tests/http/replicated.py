@@ -94,6 +94,13 @@ class Edge:
             assert time.monotonic() < limit
             time.sleep(0.01)
 
+    def started_anew(self, before: dict[str, Any]) -> None:
+        """Wait until a replica is another process than it was."""
+        limit = time.monotonic() + 60
+        while self.replicas()[before["replica"]]["pid"] == before["pid"]:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+
     def settle(self) -> None:
         """Wait until both replicas are there."""
         limit = time.monotonic() + 300

@@ -76,7 +76,7 @@ def test_the_compiled_kernels_are_told_with_the_instruction_set() -> None:
         assert kernels["level"] == "warning"
         assert "g++" in kernels["advice"]
     else:
-        assert any(name in kernels["text"] for name in ("BASELINE", "AVX2", "AVX512"))
+        assert any(name in kernels["text"] for name in ("BASELINE", "AVX2", "AVX512", "AMX"))
 
 
 def test_an_expert_that_does_nothing_is_named(copy: Path) -> None:

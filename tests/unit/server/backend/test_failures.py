@@ -63,7 +63,6 @@ def test_a_blend_has_its_home_and_another_when_that_is_gone(run: Run) -> None:
             await found.ask(blend, PROMPT)
         loads = [loaded_at(fake) for fake in found.fakes]
         assert sorted(loads[0] + loads[1]) == sorted(folder.name for folder in written(found))
-        assert min(map(len, loads)) >= 1
         found.fakes[0].refuse = 503
         answers = [await found.ask(blend, PROMPT) for blend in blends]
         assert all(len(answer.tokens) == 4 for answer in answers)
