@@ -89,7 +89,8 @@ def test_losses_and_gradients_are_nearly_those_of_float32(model, name):
     for path, gradient in given.items():
         assert gradient.dtype == torch.float32, path
     whole, near = (torch.cat([g.flatten() for g in grads.values()]) for grads in (wanted, given))
-    assert torch.cosine_similarity(whole, near, dim=0) > 0.999
+    # A token near the boundary may go to another expert of MixLoRA in bfloat16.
+    assert torch.cosine_similarity(whole, near, dim=0) > 0.99
 
 
 def test_float32_computes_as_before(model):
