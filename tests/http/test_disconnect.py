@@ -60,16 +60,16 @@ def test_leaving_aborts_every_sequence_and_then_frees_the_lease(tmp_path: Path, 
 
 
 def test_leaving_in_the_middle_of_a_stream(tmp_path: Path) -> None:
-    with serving(tmp_path, engine=ScriptedEngine(saying(TOKENIZER, "x" * 1600))) as served:
+    with serving(tmp_path, engine=ScriptedEngine(saying(TOKENIZER, "x" * 400))) as served:
         watch_leases(served)
-        connection = send(served, "/v1/chat/completions", {**CHAT, "stream": True, "max_tokens": 1600})
+        connection = send(served, "/v1/chat/completions", {**CHAT, "stream": True, "max_tokens": 400})
         assert b"200 OK" in connection.recv(100)
         served.wait_for(lambda: served.engine.steps > 5)
         served.hold()
         connection.close()
         served.wait_for(lambda: "freed" in served.engine.log)
         assert served.engine.log == ["leased", "start 1", "abort", "freed"]
-        assert served.engine.steps < 1600
+        assert served.engine.steps < 400
 
 
 def test_leaving_before_the_body_is_sent(tmp_path: Path) -> None:
