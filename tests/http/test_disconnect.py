@@ -64,7 +64,6 @@ def test_leaving_in_the_middle_of_a_stream(tmp_path: Path) -> None:
         watch_leases(served)
         connection = send(served, "/v1/chat/completions", {**CHAT, "stream": True, "max_tokens": 400})
         assert b"200 OK" in connection.recv(100)
-        served.wait_for(lambda: served.engine.steps > 5)
         served.hold()
         connection.close()
         served.wait_for(lambda: "freed" in served.engine.log)
