@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ def byte_tokenizer(merges: Sequence[tuple[str, str]] = (("t", "h"), ("th", "e"),
     return tokenizer
 
 
-Script = Callable[[Work], Sequence[int]]
+Script = Callable[[Work], Iterable[int]]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from loramux.server.app import shut_down
+from loramux.server.engine.protocol import Work
 from tests.http.serving import TOKENIZER, Served, serving
 from tests.kit import ScriptedEngine, saying
 
@@ -60,11 +62,19 @@ def test_leaving_aborts_every_sequence_and_then_frees_the_lease(tmp_path: Path, 
 
 
 def test_leaving_in_the_middle_of_a_stream(tmp_path: Path) -> None:
-    with serving(tmp_path, engine=ScriptedEngine(saying(TOKENIZER, "x" * 400))) as served:
+    says = saying(TOKENIZER, "x" * 400)
+
+    def held_in_the_middle(work: Work) -> Iterator[int]:
+        for number, token in enumerate(says(work)):
+            if number == 6:  # 400 tokens may be quicker than this test's next line
+                served.hold()
+            yield token
+
+    with serving(tmp_path, engine=ScriptedEngine(held_in_the_middle)) as served:
         watch_leases(served)
         connection = send(served, "/v1/chat/completions", {**CHAT, "stream": True, "max_tokens": 400})
         assert b"200 OK" in connection.recv(100)
-        served.hold()
+        served.wait_for(lambda: served.engine.steps > 5)
         connection.close()
         served.wait_for(lambda: "freed" in served.engine.log)
         assert served.engine.log == ["leased", "start 1", "abort", "freed"]

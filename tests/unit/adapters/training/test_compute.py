@@ -89,8 +89,9 @@ def test_losses_and_gradients_are_nearly_those_of_float32(model, name):
     for path, gradient in given.items():
         assert gradient.dtype == torch.float32, path
     whole, near = (torch.cat([g.flatten() for g in grads.values()]) for grads in (wanted, given))
-    # A token near the boundary may go to another expert of MixLoRA in bfloat16.
-    assert torch.cosine_similarity(whole, near, dim=0) > 0.99
+    # Of MixLoRA, a token near the boundary may go to another expert in bfloat16.
+    least = 0.99 if name == "mixlora" else 0.999
+    assert torch.cosine_similarity(whole, near, dim=0) > least
 
 
 def test_float32_computes_as_before(model):
