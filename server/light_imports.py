@@ -17,6 +17,17 @@ _COMPILER = "torch._dynamo"
 _TRACING = "torch._dynamo._trace_wrapped_higher_order_op"
 
 
+def import_for_serving() -> None:
+    """Import what every server stands on, before any other module of ours does: without progress bars, and
+    without a sample of when each metric began."""
+    import_transformers()
+    import prometheus_client
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
 def import_transformers() -> None:
     """Import what serves models, where nothing has imported it yet.
 

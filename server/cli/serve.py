@@ -73,19 +73,14 @@ def run(settings: Settings) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     configure_logs(settings.log_level)
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
-        from loramux.server.light_imports import import_transformers
+        from loramux.server.light_imports import import_for_serving
 
-        import_transformers()  # before any other module of ours does
-        import prometheus_client
-        from transformers.utils.logging import disable_progress_bar
-
+        import_for_serving()
         from loramux.server.app import create_app
         from loramux.server.assemble import assemble
         from loramux.server.edge.patience import PatientProtocol
         from loramux.server.memory.give_back import give_back
 
-        disable_progress_bar()
-        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         parts = assemble(settings)
         give_back()
         config = uvicorn.Config(

@@ -110,7 +110,7 @@ def _curves(evaluation: Evaluation) -> str:
 
 def _bars(evaluation: Evaluation, measure: Measure) -> str:
     domains = [domain for domain in evaluation.domains if _any(evaluation, domain, measure)]
-    routed = [system.name for system in evaluation.systems if system.kind in ("routed", "asking", "sparse")]
+    routed = [system.name for system in evaluation.systems if system.mixes]
     series: list[tuple[str, list[float | None]]] = []
     if any(system.name == BASE for system in evaluation.systems):
         series.append((BASE, [evaluation.value(BASE, domain, measure) for domain in domains]))
@@ -147,7 +147,7 @@ def _scores(evaluation: Evaluation, measure: Measure) -> str:
 def _gains(evaluation: Evaluation) -> str:
     rows = []
     for system in evaluation.systems:
-        if system.kind in ("routed", "asking", "sparse"):
+        if system.mixes:
             whole = evaluation.gain_share(system.name)
             each = [evaluation.gain_share(system.name, [domain]) for domain in evaluation.domains]
             cells = "".join(

@@ -34,6 +34,11 @@ class System:
     strategy: str | None = None
     top_m: int | None = None
 
+    @property
+    def mixes(self) -> bool:
+        """Whether it chooses among experts, so that a share of the best ones' gain says how well."""
+        return self.kind in ("routed", "asking", "sparse")
+
     def ask(self, text: str, prompt: tuple[int, ...]) -> Ask:
         """The request whose selection answers this system's item: what it is routed by, and the tokens that
         experts are asked about."""

@@ -26,7 +26,7 @@ def print_evaluation(evaluation: Evaluation, console: Console) -> None:
     for measure in evaluation.measured:
         console.print(_scores(evaluation, measure))
     for system in evaluation.systems:
-        share = evaluation.gain_share(system.name) if system.kind in ("routed", "asking", "sparse") else None
+        share = evaluation.gain_share(system.name) if system.mixes else None
         if share is not None:
             console.print(f"{system.name}: {share:.1%} of the best single experts' gain over the base")
 

@@ -11,11 +11,6 @@ def prepare(log_level: str, name: str) -> None:
     ask_for_large_pages()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever fetched
     configure_logs(log_level, name)
-    from loramux.server.light_imports import import_transformers
+    from loramux.server.light_imports import import_for_serving
 
-    import_transformers()
-    import prometheus_client
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+    import_for_serving()
