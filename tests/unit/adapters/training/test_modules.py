@@ -34,13 +34,15 @@ def model():
 
 
 def stirred(model, options):
-    """A trainer whose deltas and routers are far from their start."""
+    """A trainer whose deltas and routers are far from their start, and choices far from certain: a softmax of
+    large numbers makes much of float32's last bits."""
     trainer = trainer_for(model, options)
     with torch.no_grad():
         for module in trainer.modules.values():
             for name, parameter in module.named_parameters():
                 if parameter.requires_grad:
-                    parameter.copy_(torch.randn_like(parameter) * (1.0 if "router" in name else 0.3))
+                    spread = 2 * parameter.shape[-1] ** -0.5 if "router" in name else 0.3
+                    parameter.copy_(spread * torch.randn_like(parameter))
     if isinstance(trainer, LoraCoeTrainer):
         trainer.gate(True)
     return trainer
