@@ -1,10 +1,7 @@
 """Which build a configuration asks for."""
 
-from loramux.server.backend.front import build_front
-from loramux.server.build import build
 from loramux.server.errors import StartError
 from loramux.server.parts import Parts
-from loramux.server.replicas.build import build_edge
 from loramux.server.settings import Settings
 
 
@@ -16,9 +13,18 @@ def assemble(settings: Settings) -> Parts:
         StartError, AdapterError, RouterError: one line that names the file or setting at fault.
     """
     refuse_both(settings)
+    # Only that one of the three is imported which is wanted.
     if settings.backend.urls:
+        from loramux.server.backend.front import build_front
+
         return build_front(settings)
-    return build_edge(settings) if settings.replicas else build(settings)
+    if settings.replicas:
+        from loramux.server.replicas.build import build_edge
+
+        return build_edge(settings)
+    from loramux.server.build import build
+
+    return build(settings)
 
 
 def refuse_both(settings: Settings) -> None:

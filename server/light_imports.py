@@ -6,9 +6,10 @@ loss for detecting objects (docs/log.md).
 """
 
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,10 +38,13 @@ def import_transformers() -> None:
     if "transformers.modeling_utils" in sys.modules:
         return
     import torch
+    import transformers
     from transformers import utils
     from transformers.utils import import_utils
 
     with ExitStack() as told:
+        define = _defined_once(transformers, import_utils.define_import_structure)
+        told.enter_context(_in_place(vars(import_utils), "define_import_structure", define))
         for module in (utils, import_utils):
             told.enter_context(_in_place(vars(module), "is_scipy_available", _no))
             told.enter_context(_in_place(vars(module), "is_torch_distributed_available", _no))
@@ -52,7 +56,28 @@ def import_transformers() -> None:
         # A release that cannot do without them is imported as usual, by whoever needs it.
         with suppress(Exception):
             import transformers.generation.utils
-            import transformers.modeling_utils  # noqa: F401
+            import transformers.modeling_utils
+
+
+def _defined_once(package: ModuleType, define: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' `define_import_structure`, without reading the files of all models a second time.
+
+    `transformers` and `transformers.models` both look through 1,700 files for what they define. The first has
+    done so when this is called.
+    """
+    models = Path(package.__file__ or "").with_name("models")
+    known = {
+        name.removeprefix("models."): set(found)
+        for name, found in getattr(package, "_import_structure", {}).items()
+        if name.startswith("models.")
+    }
+
+    def define_import_structure(place: str | Path, prefix: str | None = None) -> Any:
+        if known and prefix is None and Path(place) == models / "__init__.py":
+            return {frozenset(): known}
+        return define(place, prefix)
+
+    return define_import_structure
 
 
 class _NoCompiler(ModuleType):

@@ -19,6 +19,7 @@ from loramux.server.cli.flags import put
 from loramux.server.errors import StartError
 from loramux.server.listener import address_of, listen
 from loramux.server.logs import configure_logs
+from loramux.server.memory.give_back import starting
 from loramux.server.settings import DEFAULT_POOL, Settings, load_settings
 
 if TYPE_CHECKING:
@@ -73,18 +74,19 @@ def run(settings: Settings) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     configure_logs(settings.log_level)
     with contextlib.closing(listen(settings.host, settings.port)) as listener:
-        from loramux.server.light_imports import import_for_serving
+        with starting():
+            from loramux.server.light_imports import import_for_serving
 
-        import_for_serving()
-        from loramux.server.app import create_app
-        from loramux.server.assemble import assemble
-        from loramux.server.edge.patience import PatientProtocol
-        from loramux.server.memory.give_back import give_back
+            import_for_serving()
+            from loramux.server.app import create_app
+            from loramux.server.assemble import assemble
+            from loramux.server.edge.patience import PatientProtocol
 
-        parts = assemble(settings)
-        give_back()
+            gc.freeze()  # modules stay: the collection after a start need not go through them
+            parts = assemble(settings)
+            app = create_app(parts)
         config = uvicorn.Config(
-            create_app(parts),
+            app,
             log_level="warning",
             access_log=False,
             lifespan="on",
@@ -93,7 +95,7 @@ def run(settings: Settings) -> None:
             timeout_keep_alive=settings.keep_alive_seconds,
         )
         asyncio.run(_Server(config, parts, address_of(settings.host, listener)).serve(sockets=[listener]))
-        # What `give_back` froze would else count as leaked, which libraries say at the end, line by line.
+        # What `starting` froze would else count as leaked, which libraries say at the end, line by line.
         gc.unfreeze()
         # A supervisor starts a process again when it fails, not when it ends well.
         if (reason := parts.engine.stats().dead) is not None:

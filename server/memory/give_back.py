@@ -1,8 +1,25 @@
-"""What a start has used and needs no more, back to the system."""
+"""The memory of a start: what it needs no more goes back to the system."""
 
 import ctypes
 import gc
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def starting() -> Iterator[None]:
+    """Everything that a process imports and loads before it serves.
+
+    Python's collector rests meanwhile: a start makes half a million objects that nearly all stay, and going
+    through them again and again takes a fifth of its time. What only cycles hold goes at the end.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+    give_back()
 
 
 def give_back() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
-from rich.console import Console
-from rich.table import Table
 
 from loramux.server.pool.manifest import Pool, PoolError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 REPORT = "report.json"
 
@@ -103,6 +105,9 @@ def read_lines(pool: Pool) -> dict[str, ReadLine]:
 
 def print_report(report: BuildReport, console: Console | None = None) -> None:
     """Print the report as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=f"{report.rows} rows, {report.held_out_rows} held out", title_justify="left")
     table.add_column("expert", no_wrap=True)
     for heading in ("rows", "base loss", "expert loss", "change", "routed"):

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from html import escape
 from importlib.metadata import version
 from typing import Any
@@ -28,19 +29,24 @@ tr { border-bottom: 1px solid #8884; }
 def reference_routes(_: Parts) -> APIRouter:
     """The routes; both say the same to everyone, so that neither needs a key."""
     router = APIRouter()
-    content = document(version("loramux"))
-    plain, page = encode_json(content), "".join(_page(content)).encode()
 
     @router.get("/openapi.json")
     async def openapi() -> Response:
-        return Response(plain, media_type="application/json")
+        return Response(_document()[0], media_type="application/json")
 
     @router.get("/docs")
     async def docs() -> Response:
         headers = {"content-security-policy": POLICY}
-        return Response(page, media_type="text/html; charset=utf-8", headers=headers)
+        return Response(_document()[1], media_type="text/html; charset=utf-8", headers=headers)
 
     return router
+
+
+@cache
+def _document() -> tuple[bytes, bytes]:
+    """For programs, and as a page: made when somebody asks, for most starts never need it."""
+    content = document(version("loramux"))
+    return encode_json(content), "".join(_page(content)).encode()
 
 
 def _page(content: Mapping[str, Any]) -> Iterator[str]:

@@ -4,6 +4,7 @@ import asyncio
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
@@ -45,8 +46,6 @@ class Prompts:
 
     def __init__(self, tokenizer: ChatTokenizer, vocabulary: Vocabulary, max_context: int) -> None:
         self._tokenizer = tokenizer
-        # Fast tokenizers may not be used from two threads at a time.
-        self._threaded_tokenizer = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
         self._vocabulary = vocabulary
         self.max_context = max_context
@@ -186,7 +185,13 @@ class Prompts:
         if length <= INLINE_CHARACTERS:
             return work(self._tokenizer)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, work, self._threaded_tokenizer)
+        return await loop.run_in_executor(self._thread, work, self._own_tokenizer)
+
+    @cached_property
+    def _own_tokenizer(self) -> ChatTokenizer:
+        """The thread's: fast tokenizers may not be used from two threads at a time. Made with the first long
+        text, since it takes as much memory as the other."""
+        return copy.deepcopy(self._tokenizer)
 
     def _refuse_hopeless(self, text: str, param: str) -> None:
         """Tokenizing megabytes only to say that they are too long would cost everyone else's time."""

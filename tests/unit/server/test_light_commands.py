@@ -80,13 +80,18 @@ from loramux.server.light_imports import import_transformers
 import_transformers()
 import torch
 import loramux.server.app
+import loramux.server.assemble
 import loramux.server.build
 from transformers import LlamaConfig
 from loramux.server.engine.model import skeleton
 config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, vocab_size=9,
     num_attention_heads=2)
 assert skeleton(config).lm_head.weight.is_meta
-heavy = {"torch._dynamo", "sympy", "scipy", "torch.distributed.tensor", "sentence_transformers", "sklearn"}
+heavy = {
+    "torch._dynamo", "sympy", "scipy", "torch.distributed.tensor", "sentence_transformers", "sklearn",
+    "pandas", "peft", "bitsandbytes", "rich", "httpx", "loramux.server.backend.front",
+    "loramux.server.replicas.build",
+}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 # What was left out is there for those who ask for it.
 assert torch.compiler.disable(len) is not len
@@ -94,6 +99,42 @@ assert torch.distributed.is_available() and torch._dynamo.__file__
 from transformers import masking_utils
 with masking_utils.TransformGetItemToIndex():
     pass
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_files_of_all_models_are_read_once() -> None:
+    script = """
+import sys
+from loramux.server.light_imports import import_transformers
+import transformers
+from pathlib import Path
+from transformers.utils import import_utils
+
+read = []
+one_folder = import_utils.create_import_structure_from_path
+def noted(place):
+    read.append(Path(place))
+    return one_folder(place)
+import_utils.create_import_structure_from_path = noted
+define = import_utils.define_import_structure
+import_transformers()
+models = Path(transformers.__file__).with_name("models")
+assert "transformers.models.auto" in sys.modules
+assert not {models, models / "__init__.py"} & set(read), read
+assert import_utils.define_import_structure is define
+# It is as complete as by itself.
+theirs = {}
+for parts in define(models / "__init__.py").values():
+    for name, found in parts.items():
+        theirs.setdefault(name, set()).update(found)
+ours = transformers.models._import_structure
+assert {name: set(found) for name, found in ours.items()} == theirs
+assert transformers.models.LlamaConfig is transformers.LlamaConfig
+assert transformers.models.qwen3.Qwen3Config().model_type == "qwen3"
 """
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False
