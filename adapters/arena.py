@@ -157,7 +157,8 @@ def _runs(places: Sequence[int]) -> Iterator[tuple[slice, slice]]:
 
 def _fill(target: Tensor, source: Tensor, scales: Sequence[float], extents: Sequence[Extent]) -> None:
     """Spread `source` [modules, rank, n], times one scale or one a module, over rows of `target`
-    [modules, rows, n]; rows beyond its rank become zero."""
+    [modules, rows, n]; rows beyond its rank become zero. It is multiplied in the wider type of the two, so
+    that the product is rounded once, to the target's."""
     rank, done = source.shape[1], 0
     for lo, hi in extents:
         filled = max(0, min(rank - done, hi - lo))
@@ -166,7 +167,9 @@ def _fill(target: Tensor, source: Tensor, scales: Sequence[float], extents: Sequ
             if all(scale == 1.0 for scale in scales):
                 rows.copy_(part, non_blocking=True)
             else:
-                torch.mul(part.to(rows.device, non_blocking=True), _factor(scales, rows.device), out=rows)
+                wide = torch.promote_types(part.dtype, rows.dtype)
+                part = part.to(rows.device, wide, non_blocking=True)
+                torch.mul(part, _factor(scales, rows.device), out=rows)
         target[:, lo + filled : hi] = 0
         done += hi - lo
 

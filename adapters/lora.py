@@ -155,6 +155,13 @@ class LoraAdapter:
             groups.setdefault(key, {})[module] = pair
         return tuple(FactorStack.from_pairs(pairs) for pairs in groups.values())
 
+    def to(self, dtype: torch.dtype) -> LoraAdapter:
+        """The same adapter with factors in another type, or itself where they have it already."""
+        if all(stack.a.dtype == dtype for stack in self.stacks):
+            return self
+        stacks = [replace(stack, a=stack.a.to(dtype), bt=stack.bt.to(dtype)) for stack in self.stacks]
+        return LoraAdapter.from_stacks(self.id, self.content_hash, stacks, self.config)
+
     def pinned(self) -> LoraAdapter:
         """The same adapter in page-locked host memory; needs CUDA."""
         stacks = [stack.pinned() for stack in self.stacks]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import reduce
 from typing import NamedTuple
 
@@ -54,7 +53,7 @@ def materialise(blend: Blend, parts: Parts, ranks: Sequence[int], *, truncate: b
     """
     limit = ranks[-1]
     stored = reduce(torch.promote_types, (adapter.dtype for adapter, _ in parts))
-    parts = [(_in_float32(adapter), weight) for adapter, weight in parts]
+    parts = [(adapter.to(torch.float32), weight) for adapter, weight in parts]
     merged = merge(parts, blend.method, rank=blend.rank, density=blend.density, seed=blend.seed or 0)
     method = blend.method
     if merged.rank > limit:
@@ -70,11 +69,6 @@ def materialise(blend: Blend, parts: Parts, ranks: Sequence[int], *, truncate: b
     stacks = [_padded(stack, rank, kept) for stack in merged.adapter.stacks]
     adapter = LoraAdapter.from_stacks(merged.adapter.id, merged.adapter.content_hash, stacks)
     return Materialised(adapter, method, merged.rank, merged.relative_error)
-
-
-def _in_float32(adapter: LoraAdapter) -> LoraAdapter:
-    stacks = [replace(stack, a=stack.a.float(), bt=stack.bt.float()) for stack in adapter.stacks]
-    return LoraAdapter.from_stacks(adapter.id, adapter.content_hash, stacks)
 
 
 def _padded(stack: FactorStack, rank: int, dtype: torch.dtype) -> FactorStack:

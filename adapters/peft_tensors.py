@@ -37,26 +37,31 @@ _FOREIGN = (
 
 
 class StackShape(NamedTuple):
-    """What one stack of factors will measure, known from a file's header."""
+    """What one stack of factors will measure, known from a file's header; `dtype` is the file's."""
 
     modules: int
     rank: int
     shape: tuple[int, int]
+    dtype: torch.dtype
 
-    def tensor_bytes(self, dtype: torch.dtype) -> tuple[int, int]:
-        """Bytes of its two tensors, A and B."""
+    def tensor_bytes(self, dtype: torch.dtype | None) -> tuple[int, int]:
+        """Bytes of its two tensors, A and B, in their own type or another."""
         out_features, in_features = self.shape
-        rows = self.modules * self.rank * dtype.itemsize
+        rows = self.modules * self.rank * (dtype or self.dtype).itemsize
         return rows * in_features, rows * out_features
 
 
 class _Factors(NamedTuple):
-    """Keys of the two factors of a module, and what they measure."""
+    """Keys of the two factors of a module, what they measure, and their type: float32 where they differ."""
 
     a_key: str
     b_key: str
     rank: int
     shape: tuple[int, int]
+    dtype: torch.dtype
+
+
+_Groups = dict[tuple[int, tuple[int, int]], dict[str, _Factors]]
 
 
 def read_stacks(
@@ -93,10 +98,12 @@ def read_shapes(path: Path, settings: LoraSettings, base: BaseShapes) -> tuple[S
     """
     try:
         with safe_open(path, framework="pt") as file:
-            groups = _TensorFile(path, file, settings, base).groups()
+            read = _TensorFile(path, file, settings, base)
+            groups = read.groups()
+            dtype = read.dtype(groups)
     except (SafetensorError, OSError) as error:
         raise AdapterFormatError(f"{path}: not a readable safetensors file: {error}") from error
-    return tuple(StackShape(len(members), rank, shape) for (rank, shape), members in groups.items())
+    return tuple(StackShape(len(members), rank, shape, dtype) for (rank, shape), members in groups.items())
 
 
 @dataclass(frozen=True)
@@ -108,16 +115,17 @@ class _TensorFile:
 
     def stacks(self, dtype: torch.dtype | None) -> tuple[FactorStack, ...]:
         groups = self.groups()
-        if dtype is None:
-            items = [item for members in groups.values() for item in members.values()]
-            found = {self._dtype(key) for item in items for key in (item.a_key, item.b_key)}
-            dtype = found.pop() if len(found) == 1 else torch.float32
+        dtype = dtype or self.dtype(groups)
         payload = Payload.read(self.path, dtype)
         return tuple(self._stack(members, dtype, payload) for members in groups.values())
 
-    def groups(self) -> dict[tuple[int, tuple[int, int]], dict[str, _Factors]]:
+    def dtype(self, groups: _Groups) -> torch.dtype:
+        """Of the factors; float32 where there are several."""
+        return _shared(item.dtype for members in groups.values() for item in members.values())
+
+    def groups(self) -> _Groups:
         """(rank, shape) -> module -> its factors; each group becomes one stack."""
-        groups: dict[tuple[int, tuple[int, int]], dict[str, _Factors]] = {}
+        groups: _Groups = {}
         for module, keys in sorted(self._keys().items()):
             item = self._factors(module, keys)
             groups.setdefault((item.rank, item.shape), {})[module] = item
@@ -175,11 +183,11 @@ class _TensorFile:
         for side in "AB":
             if side not in keys:
                 raise AdapterFormatError(f"{self.path}: {module} has no lora_{side}")
-            self._dtype(keys[side])
+        dtype = _shared(self._dtype(keys[side]) for side in "AB")
         rank, (out_features, in_features) = self.settings.rank(module), self.base.modules[module]
         self._check_shape(keys["A"], (rank, in_features), rank_axis=0)
         self._check_shape(keys["B"], (out_features, rank), rank_axis=1)
-        return _Factors(keys["A"], keys["B"], rank, (out_features, in_features))
+        return _Factors(keys["A"], keys["B"], rank, (out_features, in_features), dtype)
 
     def _check_shape(self, key: str, wanted: tuple[int, int], *, rank_axis: int) -> None:
         found = tuple(self.file.get_slice(key).get_shape())
@@ -202,7 +210,7 @@ class _TensorFile:
     def _stack(
         self, members: Mapping[str, _Factors], dtype: torch.dtype, payload: Payload | None
     ) -> FactorStack:
-        rank, (out_features, in_features) = next(iter(members.values()))[2:]
+        rank, (out_features, in_features) = next(iter(members.values()))[2:4]
         a = torch.empty(len(members), rank, in_features, dtype=dtype)
         bt = torch.empty(len(members), rank, out_features, dtype=dtype)
         if payload is not None:
@@ -249,6 +257,12 @@ def _refuse_no_effect(stacks: Iterable[FactorStack], path: Path) -> None:
         f"{path}: delta W is zero in every module (A, B or alpha is zero): an untrained adapter, or one "
         "whose weights were lost when it was saved"
     )
+
+
+def _shared(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The type, or float32 where there are several."""
+    found = set(dtypes)
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def _some(names: Iterable[str], limit: int = 5) -> str:

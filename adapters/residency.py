@@ -17,7 +17,7 @@ from loramux.adapters.arena import Arena
 from loramux.adapters.blend import Blend
 from loramux.adapters.errors import BlendError
 from loramux.adapters.lora import LoraAdapter
-from loramux.adapters.merge import merge
+from loramux.adapters.merge import Merged, Parts, merge
 from loramux.adapters.quiet_threads import QuietThreads
 from loramux.kernels.gated_lora.gate_slot import Extent, GateSlot
 from loramux.kernels.gated_lora.plan import Slot
@@ -136,7 +136,7 @@ class Residency:
 
     @property
     def experts(self) -> Mapping[str, LoraAdapter]:
-        """The host tier: every expert of the pool by id."""
+        """The host tier: every expert of the pool by id, in a type that may be narrower than the rows'."""
         return self._experts
 
     @asynccontextmanager
@@ -284,11 +284,15 @@ class Residency:
         if blend.method == "exact":
             entry.rank = sum(expert.max_rank for expert, _ in parts)
             return [_Source(expert.content_hash, expert, weight, True) for expert, weight in parts]
-        merged = await self._merging.run(
-            merge, parts, blend.method, rank=blend.rank, density=blend.density, seed=blend.seed or 0
-        )
+        merged = await self._merging.run(self._merge, parts, blend)
         entry.rank, entry.relative_error = merged.rank, merged.relative_error
         return [_Source(blend.key, merged.adapter, 1.0, False)]
+
+    def _merge(self, parts: Parts, blend: Blend) -> Merged:
+        """In a type no narrower than the rows', for the result of a merge is in the type of its parts."""
+        rows = self._arena.dtype
+        parts = [(one.to(torch.promote_types(one.dtype, rows)), weight) for one, weight in parts]
+        return merge(parts, blend.method, rank=blend.rank, density=blend.density, seed=blend.seed or 0)
 
     async def _reserve(self, entry: _Entry, sources: list[_Source]) -> None:
         """Pin what is resident, find room for the rest, and copy it in."""

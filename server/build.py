@@ -110,14 +110,16 @@ def build_core(settings: Settings, pool: Pool, *, among: int = 1, devices: int |
     shapes = blueprint.shapes(pool.manifest.base.id)
     budget = make_budget(settings, pool, target, blueprint, among, devices)
     model = load_model(files.folder, target, budget, weights)
+    del weights  # and the file that it maps
     tokenizer = load_tokenizer(files.folder)
     read = partial(
         read_adapter,
         shapes=shapes,
         dtype=target.dtype,
+        host_dtype=target.host_dtype,
         pinned=target.device.type == "cuda",
     )
-    experts = read_experts(pool, shapes, target.dtype)
+    experts = read_experts(pool, shapes, target.host_dtype)
     if target.device.type == "cuda":
         experts = {name: expert.pinned() for name, expert in experts.items()}
     arena = Arena(shapes, budget.rows, dtype=target.dtype, device=model.device)
@@ -133,7 +135,8 @@ def build_core(settings: Settings, pool: Pool, *, among: int = 1, devices: int |
     waits = target.device.type == "cpu"
     again = partial(reread_sparse_model, pool, shapes, target.dtype)
     shelf = Shelf(placing, sparse, allowance, again if waits else None)
-    mixtures = TokenMixtures(partial(token_experts, device=model.device, dtype=target.dtype), allowance)
+    preparing = partial(token_experts, device=model.device, dtype=target.dtype)
+    mixtures = TokenMixtures(preparing, allowance, target.dtype)
     return Core(
         base=pool.manifest.base.id,
         residency=residency,
@@ -291,9 +294,11 @@ def read_adapter(
     *,
     shapes: BaseShapes,
     dtype: torch.dtype | None,
+    host_dtype: torch.dtype | None,
     pinned: bool,
 ) -> LoraAdapter | SparseModel:
-    """A directory below the adapter root, whichever of the two it holds.
+    """A directory below the adapter root, whichever of the two it holds: a LoRA in `host_dtype`, or a sparse
+    model in `dtype`.
 
     Raises:
         AdapterError: it is damaged, unsupported, or does not fit the base, or an option is not for its kind.
@@ -302,5 +307,5 @@ def read_adapter(
         return read_sparse(folder, id=name, base=shapes, dtype=dtype, options=options)
     if given := sorted(key for key, value in asdict(replace(options, any_base=False)).items() if value):
         raise UnsupportedAdapterError(f"{given[0]} is for sparse models; {folder.name} is a LoRA")
-    adapter = read_lora(folder, id=name, base=shapes, dtype=dtype, any_base=options.any_base)
+    adapter = read_lora(folder, id=name, base=shapes, dtype=host_dtype, any_base=options.any_base)
     return adapter.pinned() if pinned else adapter

@@ -18,10 +18,10 @@ def token_experts(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> TokenExperts:
-    """Made ready on the device, factors in `dtype`.
+    """Made ready on the device, factors in `dtype`, whatever type the experts have.
 
     Raises:
         BlendError, BaseMismatchError: as the method's own class.
     """
     made = ArrowExperts if method is TokenMethod.ARROW else SpectrExperts
-    return made(experts, device=device, dtype=dtype)
+    return made([expert.to(dtype) for expert in experts], device=device, dtype=dtype)

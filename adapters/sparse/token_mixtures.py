@@ -13,6 +13,8 @@ from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
 
+import torch
+
 from loramux.adapters.errors import BlendError
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.quiet_threads import QuietThreads
@@ -94,16 +96,18 @@ class TokenMixtures:
     """Leases mixtures. Of each method the set of experts asked for last stays ready; older ones go when
     unused, and so does another method's where the allowance is short.
 
-    `prepare` puts the experts on the device as a method needs them, within the `allowance`; it is called on
-    a quiet thread.
+    `prepare` puts the experts on the device as a method needs them, in `dtype` and within the `allowance`; it
+    is called on a quiet thread.
     """
 
     def __init__(
         self,
         prepare: Callable[[TokenMethod, Sequence[LoraAdapter]], TokenExperts],
         allowance: Allowance | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self._prepare = prepare
+        self._dtype = dtype
         self._allowance = allowance or Allowance()
         self._sets: OrderedDict[Set, _Prepared] = OrderedDict()
         self._preparing = QuietThreads("loramux-tokens")
@@ -144,7 +148,7 @@ class TokenMixtures:
 
     def _begin(self, mixture: TokenMixture) -> _Prepared:
         self._drop_unused(mixture.method)
-        taken = prepared_bytes(mixture.method, mixture.experts)
+        taken = prepared_bytes(mixture.method, mixture.experts, self._dtype)
         what = f"{mixture.method} over {len(mixture.experts)} experts"
         if not self._allowance.has(taken):
             self._drop_unused(*TokenMethod)
@@ -186,10 +190,13 @@ class TokenMixtures:
         self._allowance.give(self._sets.pop(key).taken)
 
 
-def prepared_bytes(method: TokenMethod, experts: Sequence[LoraAdapter]) -> int:
-    """What a set of experts takes on the device: their factors again, and for arrow a float32 prototype a
-    module."""
-    factors = sum(expert.nbytes for expert in experts)
+def prepared_bytes(
+    method: TokenMethod, experts: Sequence[LoraAdapter], dtype: torch.dtype = torch.float32
+) -> int:
+    """What a set of experts takes on the device: their factors again in `dtype`, and for arrow a float32
+    prototype a module."""
+    stacks = [stack for expert in experts for stack in expert.stacks]
+    factors = dtype.itemsize * sum(stack.a.numel() + stack.bt.numel() for stack in stacks)
     if method is TokenMethod.SPECTR:
         return factors
     return factors + sum(4 * pair.a.shape[1] for expert in experts for pair in expert.pairs.values())

@@ -102,7 +102,7 @@ def build_front(settings: Settings) -> Parts:
         router=router,
         tokenizer=tokenizer,
         grammars=grammars,
-        read=partial(read_adapter, shapes=shapes, dtype=dtype, pinned=False),
+        read=partial(read_adapter, shapes=shapes, dtype=dtype, host_dtype=dtype, pinned=False),
         adapter_root=settings.adapter_root or pool.root / "experts",
         fingerprint=fingerprint(pool),
         traces=traces,

@@ -16,7 +16,8 @@ class Pages:
     """A ledger of `count` pages of `size` tokens; it holds no tensors.
 
     A page that is let go keeps its content, and its hash, until its room is needed: the longest unused goes
-    first, and of one sequence the last page before the first.
+    first, and of one sequence the last page before the first. Pages without a hash go before those that were
+    never used, for which a CPU would have to find memory.
     """
 
     def __init__(self, count: int, size: int, *, sharing: bool = True) -> None:
@@ -83,7 +84,7 @@ class Pages:
         for page in pages:
             self._users[page] -= 1
             if not self._users[page] and self._hashes[page] is None:
-                self._empty.append(page)
+                self._empty.appendleft(page)
         for page in reversed(pages):
             if not self._users[page] and self._hashes[page] is not None:
                 self._idle[page] = None

@@ -56,6 +56,15 @@ class Target:
     def dtype_name(self) -> str:
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
+    @property
+    def host_dtype(self) -> torch.dtype | None:
+        """What experts that wait on the host are held in; None is the type of their files.
+
+        On a CPU that computes in float32 that is the same or narrower, and widening them as they are copied
+        into their rows is exact. Else it is the type of the rows, so that nothing but copying is left.
+        """
+        return None if self.device.type == "cpu" and self.dtype == torch.float32 else self.dtype
+
 
 class Blueprint:
     """A causal language model on the meta device."""

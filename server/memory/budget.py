@@ -54,8 +54,9 @@ class Sizes:
     def rank(self, expert: str) -> int:
         return max((stack.rank for stack in self.experts[expert]), default=0)
 
-    def pool_bytes(self, dtype: torch.dtype, *, pinned: bool) -> int:
-        """The host tier. Pinned memory is handed out in powers of two."""
+    def pool_bytes(self, dtype: torch.dtype | None, *, pinned: bool) -> int:
+        """The host tier, in the type of the files or another. Pinned memory is handed out in powers of
+        two."""
         tensors = (
             size for stacks in self.experts.values() for stack in stacks for size in stack.tensor_bytes(dtype)
         )
@@ -198,7 +199,8 @@ class _Planner:
         return self.sizes.blueprint.weight_bytes(wish.dtype, wish.quantization, wish.kinds)
 
     def pool(self, wish: Wish) -> int:
-        return self.sizes.pool_bytes(wish.dtype, pinned=not self.one_memory)
+        held = replace(self.target, dtype=wish.dtype).host_dtype
+        return self.sizes.pool_bytes(held, pinned=not self.one_memory)
 
     def sparse(self, wish: Wish) -> int:
         """The sparse models of the pool, with room for later ones and for arrow."""

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from loramux.server.errors import StartError
@@ -17,19 +17,19 @@ from loramux.server.errors import StartError
 _BYTE_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Vocabulary:
     """`pieces[id]` is the byte string of a token; `special` ids stand for no text."""
 
     pieces: Mapping[int, bytes]
     special: frozenset[int]
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Bytes of the longest piece: a text of `n` bytes has at least `n / longest` tokens."""
         return max(map(len, self.pieces.values()))
 
-    @property
+    @cached_property
     def size(self) -> int:
         """One more than the largest id."""
         return max(self.pieces) + 1
@@ -94,10 +94,10 @@ def _sentencepiece(text: str) -> bytes:
 
 
 def _byte_level(text: str) -> bytes:
-    table = _byte_level_table()
-    if all(char in table for char in text):
-        return bytes(table[char] for char in text)
-    return text.encode()
+    try:
+        return bytes(map(_byte_level_table().__getitem__, text))
+    except KeyError:
+        return text.encode()
 
 
 @lru_cache(maxsize=1)

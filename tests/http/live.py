@@ -107,7 +107,7 @@ def live(
         router=WordRouter(tuple(experts)),
         tokenizer=tokenizer,
         grammars=grammars,
-        read=partial(read_adapter, shapes=shapes, dtype=torch.float32, pinned=False),
+        read=partial(read_adapter, shapes=shapes, dtype=torch.float32, host_dtype=None, pinned=False),
         adapter_root=root,
         fingerprint="loramux-test",
     )

@@ -62,6 +62,25 @@ def test_rows_hold_the_factors_and_nothing_else(
         assert (arena.b[module][others] == 7).all()
 
 
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrower_factors_are_widened_before_they_are_multiplied(scales: str, dtype: torch.dtype) -> None:
+    pairs = {
+        module: LoraPair(torch.randn(3, n_in).to(dtype), torch.randn(n_out, 3).to(dtype), SCALES[scales]())
+        for module, (n_out, n_in) in MODULES.items()
+    }
+    narrow = LoraAdapter("x", "hash", pairs)
+    wide = narrow.to(torch.float32)
+    assert (narrow.dtype, wide.dtype) == (dtype, torch.float32)
+    assert wide.to(torch.float32) is wide
+    arenas = Arena(SHAPES, 3), Arena(SHAPES, 3)
+    for arena, adapter in zip(arenas, (narrow, wide), strict=True):
+        arena.write(adapter, ((0, 3),))
+    for module in MODULES:
+        assert torch.equal(arenas[0].a[module], arenas[1].a[module])
+        assert torch.equal(arenas[0].b[module], arenas[1].b[module])
+
+
 def test_every_module_has_rows_of_its_own_in_the_order_of_the_base() -> None:
     arena = Arena(SHAPES, 4)
     assert list(arena.a) == list(arena.b) == list(MODULES)

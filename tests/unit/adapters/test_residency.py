@@ -67,6 +67,21 @@ def test_a_resident_blend_is_the_weighted_sum_of_its_experts() -> None:
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("method", ["exact", "svd", "linear", "ties", "dare_ties"])
+def test_experts_that_wait_in_16_bits_blend_as_in_the_type_of_the_rows(method: str) -> None:
+    narrow = {name: expert(name).to(torch.bfloat16) for name in "ab"}
+    wide = {name: one.to(torch.float32) for name, one in narrow.items()}
+
+    async def served(experts: dict[str, LoraAdapter]) -> list[torch.Tensor]:
+        residency = Residency(experts, Arena(SHAPES, 16))
+        async with residency.lease(blend(residency, method, a=0.3, b=0.7)) as lease:
+            return [served_delta(residency, lease.handle, module) for module in SHAPES.modules]
+
+    for found, expected in zip(asyncio.run(served(narrow)), asyncio.run(served(wide)), strict=True):
+        assert torch.equal(found, expected)
+    assert sum(one.nbytes for one in narrow.values()) * 2 == sum(one.nbytes for one in wide.values())
+
+
 @pytest.mark.parametrize("method", ["svd", "linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
 def test_inexact_blends_are_merged_and_say_how_far_off_they_are(method: str) -> None:
     async def scenario() -> None:

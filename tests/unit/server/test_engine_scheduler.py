@@ -115,6 +115,19 @@ def test_the_longest_unused_prefix_goes_first_and_of_one_sequence_its_end() -> N
     assert len(found) == 2
 
 
+def test_pages_that_held_something_are_taken_before_those_that_never_did() -> None:
+    pages = Pages(8, 2)
+    first: list[int] = []
+    assert pages.grow(first, 6)
+    pages.publish(first[0], b"a prefix")
+    pages.release(first)
+    again: list[int] = []
+    assert pages.grow(again, 4)
+    assert set(again) == set(first[1:])  # nothing new, and the prefix is kept
+    assert pages.grow(again, 6)
+    assert again[2] not in first
+
+
 def test_prompts_join_in_pieces_that_stretch_a_step_no_further_than_agreed() -> None:
     decode = 0.1
     tempo = Tempo()

@@ -79,6 +79,22 @@ def test_experts_and_slots_weigh_what_they_will(bench: Bench, dtype: torch.dtype
     assert sum(t.nbytes for t in (*arena.a.values(), *arena.b.values())) == budget.slots
 
 
+def test_on_a_cpu_in_float32_experts_wait_in_the_type_of_their_files(bench: Bench, tmp_path: Path) -> None:
+    shapes = bench.sizes.shapes
+    write_lora(random_adapter(shapes, 4, "narrow").to(torch.bfloat16), tmp_path / "narrow", "tiny")
+    measured = measure_lora(tmp_path / "narrow", base=shapes)
+    sizes = replace(bench.sizes, experts={**bench.sizes.experts, "narrow": measured})
+    targets = [CPU, replace(CPU, dtype=torch.bfloat16), replace(CPU, device=torch.device("cuda"))]
+    assert [one.host_dtype for one in targets] == [None, torch.bfloat16, torch.float32]
+    for target in targets[:2]:
+        held = [
+            read_lora(folder / name, id=name, base=shapes, dtype=target.host_dtype).nbytes
+            for folder, names in ((bench.folder, "abc"), (tmp_path, ["narrow"]))
+            for name in names
+        ]
+        assert replace(bench, sizes=sizes).plan(8192 * MIB, target).pool == sum(held)
+
+
 def test_pinned_memory_is_counted_in_powers_of_two(bench: Bench) -> None:
     pinned = bench.sizes.pool_bytes(torch.float32, pinned=True)
     exact = bench.sizes.pool_bytes(torch.float32, pinned=False)

@@ -131,6 +131,14 @@ def test_long_texts_are_tokenized_in_the_thread_with_the_same_result() -> None:
     assert asyncio.run(prompts(context=100_000).text(text, add_special_tokens=False)) == tuple(ids_of(text))
 
 
+def test_the_thread_has_a_tokenizer_once_there_is_a_long_text() -> None:
+    made = prompts(context=100_000)
+    asyncio.run(made.text("the quick brown fox"))
+    assert "_own_tokenizer" not in vars(made)
+    asyncio.run(made.text("the quick brown fox " * 2000))
+    assert made._own_tokenizer is not made._tokenizer
+
+
 def test_texts_far_over_the_context_are_not_even_tokenized() -> None:
     with pytest.raises(RequestError, match=r"at least \d+ tokens; the context holds 64") as caught:
         asyncio.run(prompts().text("x" * 1_000_000))

@@ -144,3 +144,14 @@ def test_it_takes_the_room_that_is_said() -> None:
     assert SpectrExperts(adapters).nbytes == prepared_bytes(TokenMethod.SPECTR, adapters)
     with pytest.raises(BlendError, match="at least one expert"):
         SpectrExperts([])
+
+
+@pytest.mark.parametrize("method", TokenMethod)
+def test_experts_that_wait_in_16_bits_are_widened_first(method: TokenMethod) -> None:
+    narrow = [adapter(name, 4, list(SEVEN)).to(torch.bfloat16) for name in "ab"]
+    wide = [one.to(torch.float32) for one in narrow]
+    made = token_experts(method, narrow)
+    assert made.nbytes == token_experts(method, wide).nbytes == prepared_bytes(method, narrow)
+    base, prompt = small_llama(), torch.randint(0, 37, (1, 8))
+    found = logits(base, prompt, made.slot(1))
+    assert torch.equal(found, logits(base, prompt, token_experts(method, wide).slot(1)))
