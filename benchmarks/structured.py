@@ -10,6 +10,7 @@ is what it changes least.
 
 import argparse
 import asyncio
+import runpy
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
@@ -17,12 +18,16 @@ from itertools import count
 from pathlib import Path
 from statistics import median
 
-from benchmarks.rig import alternate
 from loramux.server.build import build
 from loramux.server.engine.protocol import Engine, Sampling, Token, Work
 from loramux.server.parts import Parts
 from loramux.server.settings import load_settings
 from loramux.server.text.grammar import json_grammar, regex_grammar
+
+for _package in ("benchmarks", "tests"):
+    runpy.run_path(str(Path(__file__).parent / "run.py"))["add_package"](_package)
+
+from benchmarks.rig import alternate  # noqa: E402
 
 FREE = "free text"
 PERSON = {

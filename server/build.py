@@ -88,6 +88,7 @@ def build(settings: Settings) -> Parts:
         adapter_root=settings.adapter_root or pool.root / "experts",
         fingerprint=fingerprint(pool),
         traces=traces,
+        sampling=pool.manifest.sampling,
         facts=read_facts(pool),
     )
 

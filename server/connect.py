@@ -48,6 +48,7 @@ def connect(
     adapter_root: Path,
     fingerprint: str,
     traces: Traces = NO_TRACES,
+    sampling: Mapping[str, int | float] = MappingProxyType({}),
     facts: Mapping[str, ExpertFacts] = MappingProxyType({}),
     refused: Mapping[str, str] = MappingProxyType({}),
     admin: Callable[..., AdapterAdmin] = AdapterAdmin,
@@ -55,8 +56,9 @@ def connect(
 ) -> Parts:
     """The parts of a server around a residency, an engine and a router, whichever they are.
 
-    `facts`: what the pool says of its experts, by id; `refused`: why some names of the pool are not served.
-    `admin` is an `AdapterAdmin`, and `hearing` a `LocalHearing`, or what does the same in other processes.
+    `sampling`: the pool's defaults of requests; `facts`: what the pool says of its experts, by id; `refused`:
+    why some names of the pool are not served. `admin` is an `AdapterAdmin`, and `hearing` a `LocalHearing`,
+    or what does the same in other processes.
     """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     catalog = Catalog(base, residency.experts, engine.max_context, router, shelf.cards, facts, refused)
@@ -102,6 +104,7 @@ def connect(
     )
     return Parts(
         settings=settings,
+        sampling=settings.sampling.over(sampling),
         api_keys=keys,
         lifecycle=lifecycle,
         catalog=catalog,

@@ -13,6 +13,7 @@ from loramux.server.lifecycle import Lifecycle
 from loramux.server.metrics import Metrics
 from loramux.server.pipeline import Pipeline
 from loramux.server.replica_metrics import ReplicaStats
+from loramux.server.sampling_settings import SamplingSettings
 from loramux.server.selection import Router, Selector
 from loramux.server.settings import Settings
 from loramux.server.text.prompts import Prompts
@@ -34,10 +35,11 @@ class Replicas(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """Everything that the routes use. `fingerprint` names the pool whose weights answer; `fleet` is what
-    generates where that is done in other processes."""
+    """Everything that the routes use. `sampling` is what requests get that leave it out, `fingerprint` names
+    the pool whose weights answer, and `fleet` what generates where that is done in other processes."""
 
     settings: Settings
+    sampling: SamplingSettings
     api_keys: tuple[str, ...]
     lifecycle: Lifecycle
     catalog: Catalog

@@ -23,6 +23,7 @@ from pydantic_settings import (
 from loramux.server.backend.settings import BackendSettings
 from loramux.server.errors import StartError
 from loramux.server.routing_settings import RoutingSettings
+from loramux.server.sampling_settings import SamplingSettings
 from loramux.server.section import Section, split
 
 ENV_PREFIX = "LORAMUX_"
@@ -217,6 +218,7 @@ class Settings(BaseSettings):
     backend: BackendSettings = BackendSettings()
     residency: ResidencySettings = ResidencySettings()
     routing: RoutingSettings = RoutingSettings()
+    sampling: SamplingSettings = SamplingSettings()
     tools: ToolSettings = ToolSettings()
 
     @field_validator("api_keys", "allowed_hosts", "cors_origins", mode="before")

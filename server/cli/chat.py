@@ -28,7 +28,7 @@ def chat(
     ] = None,
     model: Annotated[str, typer.Option(help="auto, an expert, the base or a sparse model.")] = "auto",
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 to 2; default: the server's, 1.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 to 2; default: the server's.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Most tokens of an answer.")] = None,
     seed: Annotated[int | None, typer.Option(help="For answers that can be had again.")] = None,
 ) -> None:

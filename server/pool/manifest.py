@@ -8,16 +8,25 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 
 from loramux.adapters.sparse.kind import Kind
 from loramux.adapters.sparse.options import ReadOptions
 from loramux.router.packages import package_folder
 from loramux.server.errors import StartError
+from loramux.server.sampling_settings import check_sampling
 
 MANIFEST = "pool.json"
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -26,6 +35,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 Slug = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 RelativePath = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 ExamplePrompt = Annotated[str, StringConstraints(min_length=1, max_length=500)]
+Sampling = Annotated[dict[str, int | float], AfterValidator(check_sampling)]
 FileHash = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 
 
@@ -91,7 +101,8 @@ class SparseEntry:
 @with_config(_STRICT)
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The content of `pool.json`; `files` maps every other file of the pool to its hash."""
+    """The content of `pool.json`; `files` maps every other file of the pool to its hash, and `sampling` has
+    what requests get that leave it out."""
 
     format: Literal["loramux-pool"]
     version: Literal[1]
@@ -101,6 +112,7 @@ class Manifest:
     router: RouterEntry
     sparse: tuple[SparseEntry, ...]
     files: dict[str, FileHash]
+    sampling: Sampling = field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:

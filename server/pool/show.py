@@ -71,6 +71,7 @@ def pool_json(pool: Pool) -> dict[str, Any]:
             str(strategy): {"temperature": fitted.temperature, "threshold": fitted.threshold}
             for strategy, fitted in header.calibration.items()
         },
+        "sampling": manifest.sampling,
         "experts": [
             {
                 "id": entry.id,

@@ -85,6 +85,7 @@ def build_edge(
             hearing=FleetHearing(fleet),
             fingerprint=fingerprint(pool),
             traces=traces,
+            sampling=pool.manifest.sampling,
             facts=read_facts(pool),
         )
         undo.pop_all()

@@ -17,7 +17,7 @@ def chat_routes(parts: Parts) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        asked = await read_model(ChatRequest, request, limits)
+        asked = parts.sampling.fill(await read_model(ChatRequest, request, limits))
         ask = await parts.intake.chat(asked)
         envelope = Envelope(
             kind="chat.completion.chunk" if asked.stream else "chat.completion",

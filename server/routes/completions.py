@@ -17,7 +17,7 @@ def completion_routes(parts: Parts) -> APIRouter:
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        asked = await read_model(CompletionRequest, request, limits)
+        asked = parts.sampling.fill(await read_model(CompletionRequest, request, limits))
         ask = await parts.intake.completion(asked)
         envelope = Envelope(
             kind="text_completion",

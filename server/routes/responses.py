@@ -16,7 +16,7 @@ def response_routes(parts: Parts) -> APIRouter:
 
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:
-        asked = await read_model(ResponseRequest, request, limits)
+        asked = parts.sampling.fill(await read_model(ResponseRequest, request, limits))
         ask = await parts.intake.response(asked)
         renderer = ResponseRenderer(asked, parts.vocabulary)
         events = parts.pipeline.run(ask)

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from loramux.server.engine.protocol import LEAST_TEMPERATURE
+from loramux.server.sampling_settings import MinP, RepetitionPenalty, Temperature, TopK, TopP
 from loramux.server.wire.strict import (
     MAX_TOKENS,
     StrictModel,
@@ -96,13 +97,13 @@ class GenerationFields(StructuredFields):
 
     model: str = Field(min_length=1, max_length=256)
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
-    temperature: Annotated[float, WithJsonSchema(_TEMPERATURE)] = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, le=MAX_TOKENS)
-    min_p: float = Field(0.0, ge=0, le=1)
+    temperature: Annotated[Temperature, WithJsonSchema(_TEMPERATURE)] = 1.0
+    top_p: TopP = 1.0
+    top_k: TopK = 0
+    min_p: MinP = 0.0
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    repetition_penalty: RepetitionPenalty = 1.0
     seed: int | None = Field(None, ge=-INT64, le=INT64 - 1)
     n: int = Field(1, ge=1)
     stop: Annotated[list[str], WithJsonSchema(_STOP)] = Field(default_factory=list)
@@ -128,13 +129,6 @@ class GenerationFields(StructuredFields):
     def explains(self) -> bool:
         """Whether the answer says what routing did to the prompt's own loss."""
         return self.routing is not None and self.routing.explain
-
-    @field_validator("temperature")
-    @classmethod
-    def _divides(cls, value: float) -> float:
-        if 0 < value < LEAST_TEMPERATURE:
-            raise ValueError(f"must be 0, or at least {LEAST_TEMPERATURE:.5f}: less cannot divide")
-        return value
 
     @field_validator("n")
     @classmethod

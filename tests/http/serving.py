@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import httpx
@@ -161,6 +162,7 @@ def serving(
     router: Any = None,
     traces: Traces = NO_TRACES,
     tokenizer: Any = TOKENIZER,
+    pool_sampling: Mapping[str, int | float] = MappingProxyType({}),
     **flags: Any,
 ) -> Iterator[Served]:
     """A server on a free port, stopped at the end; no lease and no row may be left over.
@@ -196,6 +198,7 @@ def serving(
         adapter_root=tmp_path / "adapters",
         fingerprint="loramux-test",
         traces=traces,
+        sampling=pool_sampling,
     )
     with listening(parts) as (url, loop):
         running = Served(parts, engine, router, url)

