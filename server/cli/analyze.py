@@ -12,6 +12,7 @@ from loramux.server.errors import UsageError
 
 app = typer.Typer(
     help="Look into adapters.\n\nExample: loramux analyze importance --data corpus --html importance.html",
+    add_completion=False,
     rich_markup_mode=None,
     callback=help_without_command,
     invoke_without_command=True,

@@ -68,9 +68,12 @@ def help_without_command(context: typer.Context) -> None:
 
 
 def _set_examples_apart(command: Any) -> None:
-    """Lines after `Example:` are printed as they are, so that they can be pasted."""
+    """Lines after `Example:` are printed as they are, so that they can be pasted; a group lists its commands
+    with their whole first sentences, which the parser would cut."""
     for child in getattr(command, "commands", {}).values():
         _set_examples_apart(child)
+        sentence = " ".join((child.help or "").split()).partition(". ")[0]
+        child.short_help = f"{sentence.rstrip('.')}."
     text, marker, examples = (command.help or "").partition("Example:")
     if marker:
         lines = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+class Layout(StrEnum):
+    """Layouts of MixLoRA's keys that are written."""
+
+    THREE = "3"
 
 
 def convert(
@@ -14,8 +21,7 @@ def convert(
         Path | None, typer.Option(help="Directory to write; unset: the other file is added to FOLDER.")
     ] = None,
     layout: Annotated[
-        int | None,
-        typer.Option(min=3, max=3, metavar="3", help="Rename the keys of MixLoRA layouts 1 and 2."),
+        Layout | None, typer.Option(help="Rename the keys of MixLoRA layouts 1 and 2 to those of 3.")
     ] = None,
     to_bin: Annotated[
         bool, typer.Option("--to-bin", help="Write adapter_model.bin, for upstream programs.")
@@ -27,6 +33,6 @@ def convert(
     """
     from loramux.adapters.sparse.convert import convert as convert_files
 
-    done = convert_files(folder, out, layout=layout, to_bin=to_bin)
+    done = convert_files(folder, out, layout=None if layout is None else int(layout), to_bin=to_bin)
     renamed = f", {done.renamed} renamed" if done.renamed else ""
     typer.echo(f"{done.path}: {done.tensors} tensors{renamed}")

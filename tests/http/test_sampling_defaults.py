@@ -1,4 +1,4 @@
-"""How tokens are drawn where a request does not say: as the settings, the pool or OpenAI has it, in that order."""
+"""How tokens are drawn where a request does not say: as settings, pool or OpenAI have it, in that order."""
 
 import json
 from collections.abc import Mapping

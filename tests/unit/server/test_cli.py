@@ -175,6 +175,20 @@ def test_the_summaries_in_the_list_of_commands_are_sentences() -> None:
         assert len(place.summary) < 66  # the list is one line a command on 80 columns
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_groups_list_whole_sentences_and_completion_is_at_the_top_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["loramux", name, "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "-completion" not in shown
+    for child in getattr(load(name), "commands", {}).values():
+        assert child.short_help in shown
+        assert not child.short_help.endswith("...")
+
+
 @pytest.mark.parametrize("words", [[], ["pool"], ["router"], ["train"], ["analyze"]], ids=str)
 def test_a_group_alone_says_what_it_holds(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
