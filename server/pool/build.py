@@ -23,7 +23,7 @@ from loramux.server.base_files import BaseFiles
 from loramux.server.pool.assembly import Assembly, check_target, copy_tree
 from loramux.server.pool.build_report import BuildReport, ExpertLine, write_report
 from loramux.server.pool.clustering import Clustering, Embedded, cluster, embed, trained_encoder
-from loramux.server.pool.manifest import ExpertEntry
+from loramux.server.pool.manifest import ExpertEntry, PoolError
 from loramux.server.pool.stages import Stages
 from loramux.server.pool.training_base import load_training_base
 
@@ -70,11 +70,16 @@ def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildR
         options: what to build.
 
     Raises:
-        PoolError: `out` is something other than a pool, or the base is not usable.
+        PoolError: `out` is something other than a pool, there are too few rows, or the base is not usable.
         AdapterError, RouterError: rows, options or a stage are not usable; the message says which.
     """
     check_target(out)
     rows, held = split_held_out(read_rows(data), options.held_out)
+    if options.experts * options.min_rows > len(rows):
+        raise PoolError(
+            f"{len(rows)} rows to train on cannot fill {options.experts} clusters of at least "
+            f"{options.min_rows}; ask for fewer (--experts) or smaller ones (--min-rows)"
+        )
     base = BaseFiles.locate(options.base)
     base_id = options.base_id or base.id or Path(options.base).resolve().name
     model, tokenizer = load_training_base(

@@ -149,6 +149,12 @@ def test_a_killed_build_repeats_nothing_that_was_done(built, corpus, options, tm
     assert mine == theirs
 
 
+def test_too_few_rows_are_known_before_anything_is_loaded(corpus, options, tmp_path):
+    asked = dataclasses.replace(options, experts=12, min_rows=32, base="/absent")
+    with pytest.raises(PoolError, match=r"cannot fill 12 clusters of at least 32; .*--experts.*--min-rows"):
+        build_pool([corpus], tmp_path / "out", asked)
+
+
 def test_a_folder_that_is_no_pool_is_left_alone(corpus, options, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(PoolError, match="is no pool"):
