@@ -282,8 +282,16 @@ class Sampler:
                     adjust_(scores[row], sequences[row])
             if masks is not None and masked:  # after the bias: no wish of a client's goes beyond the grammar
                 masks.apply_(scores, masked)
-            found = scores.argmax(dim=-1) if best is None or changed else best
-            tokens = self._draw(scores, found, sequences, drawn).tolist() if drawn else found.tolist()
+            if len(drawn) == len(sequences):
+                tokens = self._draw(scores, sequences).tolist()
+            else:
+                found = scores.argmax(dim=-1) if best is None or changed else best
+                if drawn:
+                    rows = torch.tensor(drawn, device=scores.device)
+                    found = found.index_copy(
+                        0, rows, self._draw(scores[rows], [sequences[row] for row in drawn])
+                    )
+                tokens = found.tolist()
         return [
             None
             if token == NOT_FINITE
@@ -293,16 +301,9 @@ class Sampler:
             for row, (token, s) in enumerate(zip(tokens, settings, strict=True))
         ]
 
-    def _draw(self, scores: Tensor, best: Tensor, sequences: Items[Sequence], drawn: Items[int]) -> Tensor:
-        chosen = [sequences[row] for row in drawn]
-        draws = self._parameters(chosen, scores)
-        uniform = torch.from_numpy(_numbers(chosen)).to(scores.device)
-        if len(drawn) == len(sequences):
-            return draw(scores, draws, uniform)
-        rows = torch.tensor(drawn, device=scores.device)
-        tokens = best.clone()
-        tokens[rows] = draw(scores[rows], draws, uniform)
-        return tokens
+    def _draw(self, scores: Tensor, sequences: Items[Sequence]) -> Tensor:
+        uniform = torch.from_numpy(_numbers(sequences)).to(scores.device)
+        return draw(scores, self._parameters(sequences, scores), uniform)
 
     def _draw_captured(self, logits: Tensor, sequences: Items[Sequence], captured: CapturedDraw) -> list[int]:
         settings = [sequence.work.sampling for sequence in sequences]
@@ -323,7 +324,7 @@ class Sampler:
         if self._draws is None or sequences != self._drawn:  # sequences compare by identity
             samplings = [sequence.work.sampling for sequence in sequences]
             self._draws = Draws.of(samplings, logits.shape[-1], logits.device)
-            self._drawn = sequences
+            self._drawn = list(sequences)
         return self._draws
 
 
