@@ -112,7 +112,7 @@ def build_core(settings: Settings, pool: Pool, *, among: int = 1, devices: int |
     budget = make_budget(settings, pool, target, blueprint, among, devices)
     model = load_model(files.folder, target, budget, weights)
     del weights  # and the file that it maps
-    tokenizer = load_tokenizer(files.folder)
+    tokenizer = load_tokenizer(files.folder, settings.chat_template)
     read = partial(
         read_adapter,
         shapes=shapes,
@@ -164,11 +164,13 @@ def base_files(settings: Settings, pool: Pool) -> BaseFiles:
     return BaseFiles.locate(pool.base_location, content=pool.base_content)
 
 
-def load_tokenizer(location: str) -> ChatTokenizer:
+def load_tokenizer(location: str, chat_template: Path | None = None) -> ChatTokenizer:
     """The base's fast tokenizer; no code of the checkpoint runs.
 
+    `chat_template`: a file with the one to use in place of its own.
+
     Raises:
-        StartError: there is none, or only a slow one.
+        StartError: there is none, or only a slow one; the template cannot be read, or renders no message.
     """
     try:
         tokenizer: ChatTokenizer = AutoTokenizer.from_pretrained(
@@ -176,6 +178,12 @@ def load_tokenizer(location: str) -> ChatTokenizer:
         )
     except (OSError, ValueError) as error:
         raise StartError(f"tokenizer of {location}: {str(error).strip().splitlines()[0]}") from None
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = chat_template.read_text(encoding="utf-8")
+            tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+        except Exception as error:  # whatever a template can do
+            raise StartError(f"chat_template {chat_template}: {' '.join(str(error).split())}") from None
     return tokenizer
 
 

@@ -149,6 +149,9 @@ class Settings(BaseSettings):
         default=None,
         description="Model folder, GGUF file, package with one, or cached hub id, in place of the pool's.",
     )
+    chat_template: Path | None = Field(
+        default=None, description="File with a chat template (Jinja) in place of the base's own."
+    )
     encoder: str | None = Field(
         default=None,
         description="Directory, package or cached hub id of the encoder that the centroids were made with.",

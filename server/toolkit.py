@@ -67,7 +67,10 @@ class Toolkit:
         if not offer.functions or offer.choice == "none":
             return None
         if not self._knows:
-            raise _refused("the base's chat template does not know tools; tool_choice none leaves them out")
+            raise _refused(
+                "the base's chat template does not know tools; tool_choice none leaves them out, and the "
+                "server's setting chat_template takes another template"
+            )
         if self._form is None:
             raise _refused("how the base writes calls is not known from its tokenizer; set tools.format")
         # Where one is named only that one can be called, but the prompt has all of them.

@@ -66,7 +66,7 @@ def build_front(settings: Settings) -> Parts:
     files = base_files(settings, pool)
     blueprint = Blueprint.read(files.folder)
     shapes = blueprint.shapes(pool.manifest.base.id)
-    tokenizer = load_tokenizer(files.folder)
+    tokenizer = load_tokenizer(files.folder, settings.chat_template)
     ends = end_tokens(files.folder, tokenizer)
     grammars = Grammars(tokenizer, sorted(ends.answer), blueprint.vocabulary)
     dtype = DTYPES.get(settings.dtype)

@@ -47,7 +47,7 @@ def backends(
         yield Finding("sparse", Level.WARNING, f"{entry.id} ({entry.kind}) is not served: {WHY_SPARSE}")
     yield from _width(settings, experts)
     try:
-        tokenizer = load_tokenizer(files.folder)
+        tokenizer = load_tokenizer(files.folder, settings.chat_template)
     except StartError as error:
         yield Finding("base", Level.PROBLEM, str(error))
         return

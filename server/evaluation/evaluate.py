@@ -99,7 +99,7 @@ async def _answered(
     progress("loading the base", 0, 0)
     parts = assemble(settings)
     systems = systems_of(parts.catalog, options.top_m, options.only, inside=not settings.backend.urls)
-    tokenizer = load_tokenizer(base_files(settings, open_pool(settings)).folder)
+    tokenizer = load_tokenizer(base_files(settings, open_pool(settings)).folder, settings.chat_template)
     measuring = Measuring(parts, tokenizer, max_tokens=options.max_tokens, max_new=options.max_new)
     numbers = (settings.base, settings.device, settings.dtype, settings.quantization)
     described = f"{parts.fingerprint} {numbers} {options.max_tokens} {options.max_new}"

@@ -54,7 +54,7 @@ def build_edge(
     with ExitStack() as undo:
         first = _start(theirs, launch, undo)
         hello = first[0][1]
-        tokenizer = load_tokenizer(base_files(settings, pool).folder)
+        tokenizer = load_tokenizer(base_files(settings, pool).folder, settings.chat_template)
         fleet = Fleet(theirs, first, affinity=affinity, launch=launch)
         experts, shelf, mixtures = FleetExperts(fleet), FleetShelf(fleet), FleetTokens(fleet)
         base = pool.manifest.base.id
