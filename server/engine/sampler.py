@@ -282,7 +282,7 @@ class Sampler:
                     adjust_(scores[row], sequences[row])
             if masks is not None and masked:  # after the bias: no wish of a client's goes beyond the grammar
                 masks.apply_(scores, masked)
-            if len(drawn) == len(sequences):
+            if drawn and len(drawn) == len(sequences):
                 tokens = self._draw(scores, sequences).tolist()
             else:
                 found = scores.argmax(dim=-1) if best is None or changed else best
