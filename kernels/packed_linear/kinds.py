@@ -29,6 +29,7 @@ class Kind(StrEnum):
     Q8_0 = "q8_0"
     Q4_0 = "q4_0"
     Q4_1 = "q4_1"
+    F32 = "f32"
 
     @property
     def block_bytes(self) -> int:
@@ -40,7 +41,11 @@ class Kind(StrEnum):
         return rows * -(-columns // BLOCK) * self.block_bytes + scales
 
 
-_BLOCK_BYTES = {Kind.BF16: 64, Kind.F16: 64, Kind.INT8: 32, Kind.Q8_0: 34, Kind.Q4_0: 18, Kind.Q4_1: 20}
+_BLOCK_BYTES = {
+    Kind.BF16: 64, Kind.F16: 64, Kind.INT8: 32, Kind.Q8_0: 34, Kind.Q4_0: 18, Kind.Q4_1: 20, Kind.F32: 128,
+}  # fmt: skip
+#: Kinds whose blocks are numbers of a type of torch's.
+_TYPES = {Kind.F32: torch.float32, Kind.BF16: torch.bfloat16, Kind.F16: torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +73,7 @@ class Packed:
 
         Args:
             data: uint8 [rows, bytes of a row] on the CPU.
-            kind: `Q4_0`, `Q4_1`, `Q8_0`, `F16` or `BF16`, in any case.
+            kind: `Q4_0`, `Q4_1`, `Q8_0`, `F32`, `F16` or `BF16`, in any case.
 
         Raises:
             ValueError: there is no such kind, or the rows are no whole number of blocks.
@@ -91,13 +96,13 @@ class Packed:
 def pack(weight: Tensor, kind: Kind) -> Packed:
     """Store a matrix [rows, columns] of any floating type.
 
-    `BF16` of a bfloat16 matrix and `F16` of a float16 one whose rows are whole blocks keep its memory. 4 and
-    8 bits are rounded to the nearest, some rows at a time: beside a large matrix there is no copy in float32.
+    `BF16` of a bfloat16 matrix whose rows are whole blocks keeps its memory, and so it is with `F16` and
+    `F32`. 4 and 8 bits are rounded to the nearest, some rows at a time: beside a large matrix there is no
+    copy in float32.
     """
     rows, columns = weight.shape
-    if kind in (Kind.BF16, Kind.F16):
-        halves = _filled(weight.to(torch.bfloat16 if kind is Kind.BF16 else torch.float16))
-        return Packed(kind, columns, halves.contiguous().view(torch.uint8))
+    if kind in _TYPES:
+        return Packed(kind, columns, _filled(weight.to(_TYPES[kind])).contiguous().view(torch.uint8))
     data = torch.empty(rows, -(-columns // BLOCK) * kind.block_bytes, dtype=torch.uint8)
     scales = torch.empty(rows) if kind is Kind.INT8 else None
     step = max(1, _PIECE // columns)
@@ -118,8 +123,8 @@ def pack(weight: Tensor, kind: Kind) -> Packed:
 def unpack(packed: Packed) -> Tensor:
     """The matrix as float32 [rows, columns]: the reference."""
     data, rows = packed.data, packed.rows
-    if packed.kind in (Kind.BF16, Kind.F16):
-        weight = data.view(torch.bfloat16 if packed.kind is Kind.BF16 else torch.float16).float()
+    if packed.kind in _TYPES:
+        weight = data.view(_TYPES[packed.kind]).float()
     elif packed.scales is not None:
         weight = data.view(torch.int8).float() * packed.scales[:, None]
     else:

@@ -1,5 +1,5 @@
-// y = x Wᵀ + b for a CPU, with W as it is stored: bfloat16, float16, bytes, or blocks of 32 as GGUF has them. Weights
-// are widened in registers and multiplied in float32.
+// y = x Wᵀ + b for a CPU, with W as it is stored: float32, bfloat16, float16, bytes, or blocks of 32 as GGUF has them.
+// Weights are widened in registers and multiplied in float32.
 //
 // Called through a plain C interface, so that no header of Python or torch is needed to build it.
 
@@ -26,7 +26,7 @@ struct Matrix {
     int64_t rows, blocks, stride, kind, set;
 };
 
-enum Kind { KIND_BF16, KIND_F16, KIND_INT8, KIND_Q8_0, KIND_Q4_0, KIND_Q4_1 };
+enum Kind { KIND_BF16, KIND_F16, KIND_INT8, KIND_Q8_0, KIND_Q4_0, KIND_Q4_1, KIND_F32 };
 // Instruction sets; BEST is the best of those that the processor has.
 enum Set { BEST, BASELINE, AVX2, AVX512, AMX };
 
@@ -110,8 +110,11 @@ static int64_t best() {
 #endif
 }
 
-// What is asked for, where the processor has it.
-static int64_t chosen(const Matrix &m) { return m.set == BEST || m.set > best() ? best() : m.set; }
+// What is asked for, where the processor has it; the matrix unit has no float32.
+static int64_t chosen(const Matrix &m) {
+    const int64_t set = m.set == BEST || m.set > best() ? best() : m.set;
+    return set == AMX && m.kind == KIND_F32 ? AVX512 : set;
+}
 
 extern "C" {
 int64_t packed_linear_best(void) { return best(); }

@@ -78,7 +78,7 @@ class NativeMatrix:
         best = found.packed_linear_best()
         chosen = best if instructions is Instructions.BEST else min(instructions, best)
         #: Whether it multiplies any number of tokens faster than torch does widened rows.
-        self.takes_many = chosen == Instructions.AMX
+        self.takes_many = chosen == Instructions.AMX and packed.kind is not Kind.F32
         self._multiply, self._widen = found.packed_linear, found.packed_linear_widen
         self._owners = owners  # the addresses are good for as long as these live
         data, scales, added = (None if tensor is None else tensor.data_ptr() for tensor in owners)

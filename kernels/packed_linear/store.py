@@ -56,7 +56,11 @@ def storable(model: nn.Module, kinds: Kinds) -> list[Place]:
 
 
 def store_weights(
-    model: nn.Module, kinds: Kinds, packed_as_given: Callable[[str], Packed] | None = None
+    model: nn.Module,
+    kinds: Kinds,
+    packed_as_given: Callable[[str], Packed] | None = None,
+    *,
+    invariant: bool = False,
 ) -> int:
     """Replace linear layers and embeddings of a frozen model on the CPU; returns how many.
 
@@ -67,6 +71,7 @@ def store_weights(
         model: its elements of layers that `kinds.given` names do not matter.
         kinds: how.
         packed_as_given: the matrix of a layer that `kinds.given` names, by its path.
+        invariant: as `StoredLinear` has it.
     """
     places = storable(model, kinds)
     uses = Counter(id(place.layer.weight) for place in places)
@@ -82,7 +87,7 @@ def store_weights(
         if uses[id(weight)] > 1:
             shared[id(weight)] = (weight, packed)
         if isinstance(place.layer, nn.Linear):
-            made: nn.Module = StoredLinear(packed, place.layer.bias)
+            made: nn.Module = StoredLinear(packed, place.layer.bias, invariant=invariant)
         else:
             made = StoredEmbedding(packed, float(getattr(place.layer, "embed_scale", 1.0)))
         setattr(place.parent, place.name, made.train(place.layer.training))
@@ -95,4 +100,6 @@ def store_weights(
 
 def _is_plain(layer: nn.Embedding) -> bool:
     """Whether it looks up rows and at most multiplies them by `embed_scale`."""
+    if isinstance(layer, StoredEmbedding):  # is stored already
+        return False
     return layer.max_norm is None and (type(layer) is nn.Embedding or hasattr(layer, "embed_scale"))

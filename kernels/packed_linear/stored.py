@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from loramux.kernels.packed_linear.kinds import Packed, unpack
 from loramux.kernels.packed_linear.native import Instructions, NativeMatrix, library
 
-#: For more tokens than this, rows are widened once and multiplied by torch; not where there is AMX.
+#: For more tokens than this, rows are widened once and multiplied by torch; not where there is AMX, nor where
+#: rows have to be computed alike.
 FEW = 64
 #: Values that are widened at a time then: they stay in a cache that threads share.
 _PIECE = 2**20
@@ -19,6 +20,10 @@ class StoredLinear(nn.Linear):
     for x. Its weight tells its shape and has no elements.
 
     Without the compiled library, weights are widened by torch in every call.
+
+    Args:
+        invariant: a row of y depends on its row of x alone, to the last bit; without it, many rows are left
+            to torch, which is faster and adds up in an order that depends on their number. Needs the library.
     """
 
     def __init__(
@@ -26,6 +31,7 @@ class StoredLinear(nn.Linear):
         packed: Packed,
         bias: Tensor | None = None,
         *,
+        invariant: bool = False,
         instructions: Instructions = Instructions.BEST,
     ) -> None:
         nn.Module.__init__(self)
@@ -36,13 +42,14 @@ class StoredLinear(nn.Linear):
         self.register_parameter("bias", kept)
         _hold(self, packed)
         self.native = None if library() is None else NativeMatrix(packed, self.bias, instructions)
+        self._all_alike = invariant or (self.native is not None and self.native.takes_many)
 
     def forward(self, x: Tensor) -> Tensor:
         native = self.native
         if native is None:
             return F.linear(x.float(), unpack(self.packed), self.bias).to(x.dtype)
         tokens = x.numel() // self.in_features
-        y = native.multiply(x) if tokens <= FEW or native.takes_many else self._by_pieces(native, x)
+        y = native.multiply(x) if tokens <= FEW or self._all_alike else self._by_pieces(native, x)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
     def _by_pieces(self, native: NativeMatrix, x: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from loramux.kernels.packed_linear import (
 native = pytest.mark.skipif(library() is None, reason="installed without a C++ compiler")
 #: Of a matrix of normal numbers, the error that rounding to the kind makes, relative; generous by a fifth.
 ROUNDING = {
-    Kind.BF16: 0.002, Kind.F16: 0.0003, Kind.INT8: 0.01, Kind.Q8_0: 0.007, Kind.Q4_0: 0.1, Kind.Q4_1: 0.095,
+    Kind.F32: 1e-9, Kind.BF16: 0.002, Kind.F16: 0.0003, Kind.INT8: 0.01, Kind.Q8_0: 0.007, Kind.Q4_0: 0.1,
+    Kind.Q4_1: 0.095,
 }  # fmt: skip
 
 
