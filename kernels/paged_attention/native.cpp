@@ -1,5 +1,5 @@
 // One token a row over a paged cache, for a CPU: the new keys and values are stored, then every row attends to its
-// own pages. One call a layer.
+// own pages. Rows may be neighbouring tokens of a prompt. One call a layer.
 //
 // Called through a plain C interface, so that no header of Python or torch is needed to build it.
 
@@ -27,6 +27,8 @@ struct Layer {
 
 // Tokens whose scores are computed before their values are added up.
 static const int64_t BLOCK = 32;
+// Neighbouring rows of a sequence that are computed together.
+static const int64_t TILE = 16;
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
 #include <immintrin.h>
