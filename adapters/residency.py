@@ -180,12 +180,18 @@ class Residency:
         Returns:
             how many experts are resident.
         """
+        fitting: dict[str, LoraAdapter] = {}
+        free = self._arena.free_rows
         for expert in self._experts.values():
-            if expert.content_hash not in self._residents and expert.max_rank <= self._arena.free_rows:
-                extents = self._arena.allocate(expert.max_rank)
-                self._arena.write(expert, extents)
-                resident = _Resident(expert.content_hash, expert, True, extents, None)
-                self._residents[expert.content_hash] = resident
+            known = expert.content_hash in self._residents or expert.content_hash in fitting
+            if not known and expert.max_rank <= free:
+                fitting[expert.content_hash] = expert
+                free -= expert.max_rank
+        # In their rows they lie as blends name them: parts that are neighbours are read in one go.
+        places = {content: self._arena.allocate(fitting[content].max_rank) for content in sorted(fitting)}
+        for content, expert in fitting.items():
+            self._arena.write(expert, places[content])
+            self._residents[content] = _Resident(content, expert, True, places[content], None)
         return len(self._residents)
 
     def add_expert(self, expert: LoraAdapter) -> None:
@@ -268,6 +274,7 @@ class Residency:
                 extents=tuple(extent for resident in entry.residents for extent in resident.extents),
                 gate=torch.cat(gates),
                 modules=frozenset(module for r in entry.residents for module in r.adapter.pairs),
+                contents=tuple(resident.key for resident in entry.residents for _ in resident.extents),
             )
             entry.seconds = time.monotonic() - started
             entry.handle = Handle(entry.blend.key, slot)

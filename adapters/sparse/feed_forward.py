@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from loramux.adapters.errors import BaseMismatchError
 from loramux.adapters.sparse.model import FfnRouting, FfnStrategy, MixtureFfn
 from loramux.adapters.sparse.tally import Tally
+from loramux.kernels.gated_lora.plain import shrink
 from loramux.kernels.mixlora_ffn import (
     Combine,
     Experts,
@@ -137,7 +138,7 @@ class PlacedFfn:
 
     def route(self, x: Tensor, lengths: Sequence[int]) -> Routes:
         """Who serves which token of x [T, hidden]; `lengths` are the tokens of each request, in order."""
-        p = probabilities(nn.functional.linear(x.float(), self.router))
+        p = probabilities(shrink(x.float(), self.router))
         how = self.routing
         if how.strategy is FfnStrategy.TOP_K:
             routes = top_k(p, how.top_k)

@@ -21,17 +21,20 @@ class RowBlock:
 
 
 def row_blocks(segments: Sequence[Segment]) -> list[RowBlock]:
-    """One block for every extent, with all its tokens; neighbours that have the same tokens become one."""
+    """One block for every extent, with all its tokens, in the order in which parts are added up; neighbours
+    that have the same tokens become one."""
     tokens: dict[Extent, list[int]] = {}
     gates: dict[Extent, list[Tensor]] = {}
     modules: dict[Extent, frozenset[str]] = {}
+    order: dict[Extent, tuple[str, int]] = {}
     for segment in segments:
+        order |= segment.slot.order()
         for extent, gate in segment.slot.parts():
             tokens.setdefault(extent, []).extend(range(segment.start, segment.start + segment.length))
             gates.setdefault(extent, []).append(gate.expand(segment.length, -1))
             modules[extent] = modules.get(extent, frozenset()) | segment.slot.modules
     blocks: list[RowBlock] = []
-    for extent in sorted(tokens):
+    for extent in sorted(tokens, key=order.__getitem__):
         block = RowBlock(extent, tuple(tokens[extent]), torch.cat(gates[extent]), modules[extent])
         last = blocks[-1] if blocks else None
         if last and (last.extent[1], last.tokens, last.modules) == (extent[0], block.tokens, block.modules):

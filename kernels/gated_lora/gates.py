@@ -185,6 +185,7 @@ class Ungated:
     def __init__(self, a: Tensor, b: Tensor, factor: float) -> None:
         self._a = a
         self._bt = _scaled(b.T, factor, a.dtype)
+        self._native = NativeTokens(a, self._bt, None, 0) if can_serve(a, self._bt, None, 0) else None
 
     @property
     def nbytes(self) -> int:
@@ -192,15 +193,18 @@ class Ungated:
 
     def add_(self, y: Tensor, x: Tensor) -> None:
         """Add to y [T, out] in place, given x [T, in]."""
+        if self._native is not None and self._native.takes(y, x):
+            self._native.add_(y, x)
+            return
         _expand_(y, linear(x.to(self._a.dtype), self._a), self._bt)
 
 
 def _native(
     shrink: Shrink, bt: Tensor, owner: Tensor | None, experts: int, gate: ExpertGate | None = None
 ) -> NativeTokens | None:
-    """The form in C++ for few tokens, where there is one."""
+    """The form in C++, where there is one."""
     stacked = shrink.stacked
-    if stacked is None or not can_serve(stacked, bt, experts):
+    if stacked is None or not can_serve(stacked, bt, owner, experts):
         return None
     if gate is None:
         return NativeTokens(stacked, bt, None, experts)

@@ -37,15 +37,23 @@ struct Call {
 
 // One module of a slot whose tokens gate themselves. With `owner`, rows belong to experts: `logits` = `experts`,
 // and the softmax is over the `k` best scores (or magnitudes). Without, `logits` = `experts` * `rank`, and the
-// gate is the mean of their softmaxes over the rank. Scores are multiplied by `scale` in the softmax.
+// gate is the mean of their softmaxes over the rank; without experts there is no gate. Scores are multiplied by `scale`
+// in the softmax.
 struct TokenGate {
-    static const int64_t PARTS = 512;  // experts or ranks, at most
+    static const int64_t PARTS = 2048;  // experts, or ranks without `owner`, at most
     const float *stacked;              // [rank + logits, in]
     const float *bt;                   // [rank, out]
     const int32_t *owner;              // [rank]
     const int32_t *order;              // 0, 1, 2, ... for as many tokens as a call may have
     int64_t in, out, rank, logits, experts, k, magnitude, threads, serial;
     float scale;
+};
+
+// A factor that all tokens use, [rows, width]: A, or B transposed.
+struct Plain {
+    const float *factor;
+    const int32_t *order;  // 0, 1, 2, ...
+    int64_t rows, width, threads;
 };
 
 enum { SHRINK = 1, EXPAND = 2 };
@@ -106,7 +114,21 @@ void gated_lora_f32_bf16(const Call *call, float *y, const float *x, int half) {
 void gated_lora_bf16_bf16(const Call *call, bf16 *y, const bf16 *x, int half) {
     choose<bf16, bf16>(call, y, x, half);
 }
-// scratch: tokens * (rank + logits), then the gate, tokens * (experts or rank), then tokens * rank.
+// hidden [tokens, rows] = x [tokens, width] times the factor transposed.
+void gated_lora_shrink_f32(const Plain *plain, const float *x, float *hidden, int64_t tokens) {
+#ifdef DISPATCH
+    if (is_wide()) return avx2::shrink_plain(*plain, x, hidden, tokens);
+#endif
+    baseline::shrink_plain(*plain, x, hidden, tokens);
+}
+// y [tokens, width] += hidden [tokens, rows] times the factor.
+void gated_lora_expand_f32(const Plain *plain, float *y, const float *hidden, int64_t tokens) {
+#ifdef DISPATCH
+    if (is_wide()) return avx2::expand_plain(*plain, y, hidden, tokens);
+#endif
+    baseline::expand_plain(*plain, y, hidden, tokens);
+}
+// scratch: tokens * (rank + logits), then the gate, tokens * (experts, or rank, or nothing), then tokens * rank.
 void gated_lora_tokens_f32(const TokenGate *own, float *y, const float *x, float *scratch, int64_t tokens) {
 #ifdef DISPATCH
     if (is_wide()) return avx2::run_tokens(*own, y, x, scratch, tokens);

@@ -55,6 +55,9 @@ def library() -> ctypes.CDLL | None:
             function.restype = None
         found.gated_lora_tokens_f32.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64]
         found.gated_lora_tokens_f32.restype = None
+        for function in (found.gated_lora_shrink_f32, found.gated_lora_expand_f32):
+            function.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
+            function.restype = None
     return found
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from loramux.kernels.gated_lora.native import SERIAL, library
 
-#: Tokens of a call: for more, a product of large matrices is faster. And experts or ranks, at most.
-MAX_TOKENS, MAX_PARTS = 64, 512
+#: Tokens of a call; more come in pieces. And experts, or ranks of a gate over the rank, at most.
+MAX_TOKENS, MAX_PARTS = 256, 2048
 _ORDER = torch.arange(MAX_TOKENS, dtype=torch.int32)
 
 
@@ -36,11 +36,13 @@ class TokenGate(ctypes.Structure):
 class NativeTokens:
     """One module: A and the router stacked, B transposed, and what the gate is made of.
 
+    What a token gets does not depend on the others, to the last bit.
+
     Args:
         stacked: `[rank + logits, in]`, contiguous float32 on the CPU, as `bt` `[rank, out]`.
         owner: `[rank]` int32, the expert of every row: the gate is the softmax over the `k` best of
             `experts` logits, or without logits of the norms of each expert's hidden values. `None`: the mean
-            of `experts` softmaxes over the rank.
+            of `experts` softmaxes over the rank; no gate where `experts` is 0.
         scale: what logits are multiplied by in the softmax.
         magnitude: logits count by their absolute value.
 
@@ -60,11 +62,11 @@ class NativeTokens:
         magnitude: bool = False,
     ) -> None:
         found = library()
-        if found is None or not can_serve(stacked, bt, experts):
+        if found is None or not can_serve(stacked, bt, owner, experts):
             raise RuntimeError("there is no native kernel for these factors here")
         self._function = found.gated_lora_tokens_f32
         rank, n_out = bt.shape
-        self._parts = rank if owner is None else experts
+        self._parts = rank if owner is None and experts else experts
         self._rows, self._width = stacked.shape[0], stacked.shape[0] + self._parts + rank
         self._call = TokenGate(
             stacked.data_ptr(), bt.data_ptr(), None if owner is None else owner.data_ptr(), _ORDER.data_ptr(),
@@ -76,24 +78,31 @@ class NativeTokens:
 
     def takes(self, y: Tensor, x: Tensor) -> bool:
         """Whether `add_` may be called."""
-        return x.shape[0] <= MAX_TOKENS and y.dtype == x.dtype == torch.float32
+        return y.dtype == x.dtype == torch.float32
 
     def add_(self, y: Tensor, x: Tensor) -> Tensor:
-        """Add to y `[T, out]` in place, given x `[T, in]`, both float32 with T at most `MAX_TOKENS` and y
-        contiguous; returns the gate, `[T, experts or rank]`."""
-        tokens = x.shape[0]
+        """Add to y `[T, out]` in place, given x `[T, in]`, both float32 and y contiguous; returns the gate,
+        `[T, experts or rank]`."""
         x = x.contiguous()
+        if len(x) <= MAX_TOKENS:
+            return self._add(y, x)
+        pieces = [slice(start, start + MAX_TOKENS) for start in range(0, len(x), MAX_TOKENS)]
+        return torch.cat([self._add(y[at], x[at]) for at in pieces])
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        tokens = x.shape[0]
         scratch = torch.empty(tokens * self._width)
         self._function(self._address, y.data_ptr(), x.data_ptr(), scratch.data_ptr(), tokens)
         first = tokens * self._rows
         return scratch[first : first + tokens * self._parts].view(tokens, self._parts)
 
 
-def can_serve(stacked: Tensor, bt: Tensor, experts: int) -> bool:
-    """Whether there is a kernel for factors like these."""
+def can_serve(stacked: Tensor, bt: Tensor, owner: Tensor | None, experts: int) -> bool:
+    """Whether there is a kernel for factors and a gate like these."""
+    parts = bt.shape[0] if owner is None and experts else experts
     return (
         library() is not None
-        and max(experts, bt.shape[0]) <= MAX_PARTS
+        and max(experts, parts) <= MAX_PARTS
         and all(
             tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
             for tensor in (stacked, bt)

@@ -7,6 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from loramux.kernels import pointwise
+from loramux.kernels.mixlora_ffn.activations import SILU, activation_code
+
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -37,6 +40,9 @@ class Gated:
 
     def __call__(self, parts: Sequence[Tensor]) -> Tensor:
         gate, up = parts
+        # As a block computes it that `server/engine/lean.py` has changed: a token may meet either.
+        if activation_code(self.activation) == SILU and pointwise.takes(gate, up):
+            return pointwise.swiglu_(gate.clone(), up.contiguous())
         return self.activation(gate) * up
 
 

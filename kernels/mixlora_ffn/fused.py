@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from loramux.kernels.gated_lora.plain import expand
 from loramux.kernels.mixlora_ffn import native
 from loramux.kernels.mixlora_ffn.ffn import Experts, Ffn
 from loramux.kernels.mixlora_ffn.mixed import Mixed
@@ -69,7 +70,7 @@ def finish(x: Tensor, y: Tensor, mixed: Mixed, ffn: Ffn, experts: Experts, route
     wide = torch.promote_types(y.dtype, torch.float32)
     total = y.to(wide)
     if mixed.low is not None and experts.last_bt is not None:
-        total = torch.addmm(total, mixed.low.to(wide), experts.last_bt.to(wide))
+        total = expand(total, mixed.low.to(wide), experts.last_bt.to(wide))
     if bias_share is not None:
         total = total + bias_share
     if routes.passed is not None:

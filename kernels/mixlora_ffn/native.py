@@ -5,15 +5,15 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from loramux.kernels.compiled import compiled
+from loramux.kernels.gated_lora.plain import shrink
 from loramux.kernels.mixlora_ffn.activations import activation_code
 from loramux.kernels.mixlora_ffn.ffn import Experts, Ffn, Gated, Halves, Spread
 from loramux.kernels.mixlora_ffn.mixed import Mixed
 from loramux.kernels.mixlora_ffn.routing import Routes
 
-#: Of a call; larger batches come in pieces of this size anyway.
+#: Of a call.
 MAX_TOKENS = 128
 #: Columns are worked on eight at a time, and summed over in blocks.
 _LANES, _BLOCK = 8, 256
@@ -49,7 +49,6 @@ def takes(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts) -> bo
     return (
         x.device.type == "cpu"
         and x.dtype == experts.dtype == torch.float32
-        and x.shape[0] <= MAX_TOKENS
         and library() is not None
         and activation_code(ffn.activate.activation) is not None
         and _width(first, ffn) % _LANES == 0
@@ -57,7 +56,20 @@ def takes(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts) -> bo
 
 
 def mix(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts, routes: Routes) -> Mixed:
-    """As `fused.mix`, for what `takes` says yes to."""
+    """As `fused.mix`, for what `takes` says yes to. What a token gets does not depend on the others, to the
+    last bit."""
+    if x.shape[0] <= MAX_TOKENS:
+        return _mix(x, first, ffn, experts, routes)
+    pieces = []
+    for start in range(0, x.shape[0], MAX_TOKENS):
+        at = slice(start, start + MAX_TOKENS)
+        parts = {name: part[at] for name, part in first.items()}
+        pieces.append(_mix(x[at], parts, ffn, experts, routes[at]))
+    lows = [piece.low for piece in pieces if piece.low is not None]
+    return Mixed(torch.cat([piece.hidden for piece in pieces]), torch.cat(lows) if lows else None)
+
+
+def _mix(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts, routes: Routes) -> Mixed:
     found = library()
     if found is None:
         raise RuntimeError("there is no native mixlora_ffn here; `takes` tells")
@@ -68,7 +80,7 @@ def mix(x: Tensor, first: dict[str, Tensor], ffn: Ffn, experts: Experts, routes:
     gate_spread, up_spread = spread[0], spread[-1]
     # With both in one projection, the factor is its second half.
     half = width * x.itemsize if isinstance(ffn.activate, Halves) else 0
-    low = x.new_empty(0) if experts.shrink is None else linear(x, experts.shrink)
+    low = x.new_empty(0) if experts.shrink is None else shrink(x, experts.shrink)
     weights = routes.weights.float().contiguous()
     last_a = experts.last_a
     last_rank = 0 if last_a is None else last_a.shape[1]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loramux.kernels.compiled import compiled
 
-__all__ = ["SERIAL", "library", "rms_norm", "rotate_", "swiglu_"]
+__all__ = ["SERIAL", "library", "rms_norm", "rotate_", "swiglu_", "takes"]
 
 #: Below this many values a second thread is not worth waking.
 SERIAL = 65536
@@ -51,6 +51,13 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, dim, _threads(x.numel())
     )
     return x
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the operators may be called with these, once they are contiguous."""
+    return library() is not None and all(
+        one.device.type == "cpu" and one.dtype == torch.float32 and not one.requires_grad for one in tensors
+    )
 
 
 def swiglu_(gate: Tensor, up: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from loramux.kernels.mixlora_ffn import (
     Halves,
     Plain,
     Routes,
+    finish,
     mixlora_ffn,
     mixlora_ffn_reference,
     native,
@@ -144,29 +145,28 @@ def test_the_native_form_equals_the_reference_in_float64(
 
 @pytest.mark.skipif(native.library() is None, reason="the package was installed without a C++ compiler")
 def test_what_a_token_gets_depends_neither_on_the_others_nor_on_the_threads() -> None:
-    """Bit by bit, where the base's own products do not depend on them."""
+    """Bit by bit, where the base's own products do not depend on them; also beyond what one call takes."""
     block = random_block("gated", 16, 1000, 4, dtype=torch.float32)
     laid_out = Experts.prepare(4, block.stacks, "down_proj")
-    x, routes = torch.randn(40, 16), top_k(probabilities(torch.randn(40, 4)), 2)
+    x, routes = torch.randn(300, 16), top_k(probabilities(torch.randn(300, 4)), 2)
     first = {name: projection(x) for name, projection in block.ffn.first.items()}
-    low = native.linear(x, laid_out.shrink)
+    y = torch.randn(300, 16)
 
-    def mix(tokens: slice) -> tuple[Tensor, Tensor]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(native, "linear", lambda *_: low[tokens].contiguous())
-            parts = {name: part[tokens] for name, part in first.items()}
-            mixed = native.mix(x[tokens], parts, block.ffn, laid_out, routes[tokens])
+    def mix(tokens: slice) -> tuple[Tensor, Tensor, Tensor]:
+        parts = {name: part[tokens] for name, part in first.items()}
+        mixed = native.mix(x[tokens], parts, block.ffn, laid_out, routes[tokens])
         assert mixed.low is not None
-        return mixed.hidden, mixed.low
+        last = finish(x[tokens], y[tokens].clone(), mixed, block.ffn, laid_out, routes[tokens])
+        return mixed.hidden, mixed.low, last
 
-    whole = mix(slice(0, 40))
+    whole = mix(slice(0, 300))
     usual = torch.get_num_threads()
     for threads in (1, 3):
         torch.set_num_threads(threads)
         try:
-            for start, stop in ((0, 1), (3, 5), (7, 40)):
+            for start, stop in ((0, 1), (3, 5), (7, 40), (100, 300)):
                 for found, wanted in zip(mix(slice(start, stop)), whole, strict=True):
-                    torch.testing.assert_close(found, wanted[start:stop], rtol=0, atol=0)
+                    assert torch.equal(found, wanted[start:stop])
         finally:
             torch.set_num_threads(usual)
 
