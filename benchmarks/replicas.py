@@ -57,6 +57,10 @@ KINDS: tuple[dict[str, Any], ...] = (
 )
 
 
+#: So that a sequence has the same tokens wherever, and beside whatever, it is computed.
+EXACT = ("engine.batch_invariant=true",)
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -67,12 +71,12 @@ def replicated(count: int, *, ray: bool) -> tuple[str, ...]:
 
 
 @asynccontextmanager
-async def served(*words: str) -> AsyncIterator[httpx.AsyncClient]:
-    """`loramux serve`, or the command that is given, on a free port."""
+async def served(*words: str, more: Sequence[str] = ()) -> AsyncIterator[httpx.AsyncClient]:
+    """`loramux serve`, or the command that is given, on a free port; with `more` settings."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [COMMAND, *(words or ("serve",)), "--port", str(port), "--pool", str(POOL)]
-    for setting in ("device=cpu", "dtype=float32", "log_level=error", "admin_key=admin"):
+    for setting in ("device=cpu", "dtype=float32", "log_level=error", "admin_key=admin", *more):
         command += ["--set", setting]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)  # noqa: S603
@@ -104,7 +108,7 @@ class Stream:
     first: float = 0.0
     pause: float = 0.0
     error: str | None = None
-    arrivals: list[float] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
 
 
 async def stream(client: httpx.AsyncClient, body: Mapping[str, Any], progress: Callable[[], None]) -> Stream:
@@ -124,6 +128,8 @@ async def stream(client: httpx.AsyncClient, body: Mapping[str, Any], progress: C
                     return found
                 now = time.perf_counter()
                 text = "".join(choice["text"] for choice in event["choices"])
+                for choice in event["choices"]:
+                    found.logprobs += (choice.get("logprobs") or {}).get("token_logprobs", [])
                 if text and not found.tokens:
                     found.first = now - began
                 elif text:
@@ -168,17 +174,17 @@ async def kills(count: int, streams: int, tokens: int, among: int, *, ray: bool)
     server."""
     from benchmarks.latency import percentile
 
-    bodies = requests(streams, tokens)
-    async with served() as plain:
+    bodies = [{**body, "logprobs": 1} for body in requests(streams, tokens)]
+    async with served(more=EXACT) as plain:
         expected = await all_of(plain, bodies)
         again = await all_of(plain, bodies)
     assert not any(one.error for one in expected), [one.error for one in expected if one.error]
     unsteady = sum(a.text != b.text for a, b in zip(expected, again, strict=True))
     chooser = random.Random(0)
-    lost = different = moved = 0
+    lost = different = inexact = moved = 0
     pauses: list[float] = []
     restarts: list[float] = []
-    async with served(*replicated(among, ray=ray)) as edge:
+    async with served(*replicated(among, ray=ray), more=EXACT) as edge:
         quiet = await all_of(edge, bodies)
         apart = sum(a.text != b.text for a, b in zip(quiet, expected, strict=True))
         total = sum(one.tokens for one in quiet)
@@ -209,10 +215,12 @@ async def kills(count: int, streams: int, tokens: int, among: int, *, ray: bool)
             lost += sum(one.error is not None for one in answers)
             wrong = [i for i, (a, b) in enumerate(zip(answers, expected, strict=True)) if a.text != b.text]
             different += len(wrong)
+            inexact += sum(a.logprobs != b.logprobs for a, b in zip(answers, expected, strict=True))
             pauses += [one.pause for one in answers]
             say(
                 f"kill {number + 1} of {count}: replica {victim['replica']} with "
-                f"{victim['sequences']} sequences, lost {lost}, different {different}"
+                f"{victim['sequences']} sequences, lost {lost}, "
+                f"different {different}, in the last bits {inexact}"
                 + "".join(f"\n  {bodies[i]}: {answers[i].error or ''}" for i in wrong)
             )
     return {
@@ -223,6 +231,7 @@ async def kills(count: int, streams: int, tokens: int, among: int, *, ray: bool)
         "requests": count * streams,
         "lost": lost,
         "different": different,
+        "different_log_probabilities": inexact,
         "moved": moved,
         "different_between_two_undisturbed_runs": unsteady,
         "different_without_a_kill": apart,

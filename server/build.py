@@ -106,7 +106,11 @@ def build_core(settings: Settings, pool: Pool, *, among: int = 1, devices: int |
     blueprint = Blueprint.read(files.folder)
     weights = files.weights()
     target = blueprint.target(
-        device=settings.device, dtype=settings.dtype, quantization=settings.quantization, weights=weights
+        device=settings.device,
+        dtype=settings.dtype,
+        quantization=settings.quantization,
+        weights=weights,
+        invariant=settings.engine.batch_invariant,
     )
     shapes = blueprint.shapes(pool.manifest.base.id)
     budget = make_budget(settings, pool, target, blueprint, among, devices)
@@ -240,7 +244,7 @@ def load_model(
         raise StartError(str(error)) from None
     if target.why:
         log.info("base: %s", target.why)
-    prepare(model, target.device, target.dtype, kinds, weights)
+    prepare(model, target.device, target.dtype, kinds, weights, invariant=target.invariant)
     held = loaded_bytes(model)
     log.info("base: %s estimated, %s loaded", size_text(budget.base), size_text(held))
     return model
@@ -268,6 +272,7 @@ def make_engine(
         max_batch_tokens=chosen.max_batch_tokens,
         prefix_sharing=chosen.prefix_sharing,
         graphs=chosen.cuda_graphs == "auto" and model.device.type == "cuda",
+        invariant=chosen.batch_invariant,
     )
     return LocalEngine(model, layers, eos_ids=eos_ids_of(model), limits=limits, grammars=grammars)
 

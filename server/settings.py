@@ -83,6 +83,11 @@ class EngineSettings(Section):
     prefix_sharing: bool = Field(
         default=True, description="Share the cache of equal prompt heads within one blend."
     )
+    batch_invariant: bool = Field(
+        default=False,
+        description="On a CPU, in float32: compute a token alone, beside others and in a prompt to the same "
+        "last bit.",
+    )
     cuda_graphs: Literal["auto", "off"] = Field(
         default="auto",
         description="Capture decode steps at the start on a CUDA device, or run them uncaptured.",

@@ -100,10 +100,9 @@ def _with_our_rotary(forward: FunctionType) -> FunctionType | None:
     def ours(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *rest: Any, **options: Any) -> Any:
         if rest or options or not _rotatable(q, cos, sin) or not _rotatable(k, cos, sin):
             return theirs(q, k, cos, sin, *rest, **options)
-        cos, sin = cos[0], sin[0]
-        rotate_(q[0].transpose(0, 1), cos, sin)
-        rotate_(k[0].transpose(0, 1), cos, sin)
-        return q, k
+        cos, sin = cos[0].contiguous(), sin[0].contiguous()
+        q, k = (rotate_(x[0].transpose(0, 1).contiguous(), cos, sin) for x in (q, k))
+        return q.transpose(0, 1)[None], k.transpose(0, 1)[None]
 
     made = FunctionType(
         forward.__code__,
@@ -117,14 +116,12 @@ def _with_our_rotary(forward: FunctionType) -> FunctionType | None:
 
 
 def _rotatable(x: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether x [1, heads, tokens, dim] lies as [tokens, heads, dim]; cos and sin are [1, tokens, dim]."""
+    """Whether x is [1, heads, tokens, dim] and cos and sin are [1, tokens, dim]: the same for any number of
+    tokens."""
     return (
         x.shape[0] == 1
         and x.dtype == cos.dtype == torch.float32
         and cos.shape == sin.shape == (1, x.shape[2], x.shape[3])
-        and x.transpose(1, 2).is_contiguous()
-        and cos.is_contiguous()
-        and sin.is_contiguous()
         and not x.requires_grad
     )
 

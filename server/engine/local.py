@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Items
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loramux.adapters.layers import AdapterLayers
+from loramux.server.engine.alike import check_alike
 from loramux.server.engine.grammars import Grammars, matcher_of
 from loramux.server.engine.masks import Masks
 from loramux.server.engine.model import context_of, unsupported
@@ -45,7 +46,7 @@ log = logging.getLogger("loramux")
 @dataclass(frozen=True)
 class EngineLimits:
     """How much runs at once. `kv_tokens` is shared by all running sequences; longer prompts are cut into
-    pieces of at most `max_batch_tokens`. With `graphs`, decode steps are captured as CUDA graphs."""
+    pieces of at most `max_batch_tokens`. `graphs`: decode steps are captured; `invariant`: as `Runner`."""
 
     max_running: int = 32
     max_waiting: int = 256
@@ -54,6 +55,7 @@ class EngineLimits:
     max_batch_tokens: int = 1024
     prefix_sharing: bool = True
     graphs: bool = False
+    invariant: bool = False
 
 
 #: How long a thread may run on while another one waits for the interpreter.
@@ -97,6 +99,7 @@ class LocalEngine:
             max_running=limits.max_running,
             max_context=self.max_context,
             graphs=limits.graphs,
+            invariant=limits.invariant,
         )
         self._sampler = Sampler()
         self._grammars = grammars
@@ -133,10 +136,11 @@ class LocalEngine:
         self._thread.start()
         probe = Work("probe", (0,), Sampling(max_tokens=1, temperature=0.0))
         try:
-            async with aclosing(self.run(probe)) as events:
-                async for _ in events:
-                    pass
+            async for _ in self.run(probe):
+                pass
             self._check_layers()
+            if self._limits.invariant:
+                await check_alike(self, self.max_context, type(self._model).__name__)
         except EngineError as error:
             await self.stop(0)
             raise type(error)(f"the engine's first step failed: {error}") from error

@@ -59,11 +59,16 @@ class Runner:
         max_running: int,
         max_context: int,
         graphs: bool,
+        invariant: bool = False,
     ) -> None:
+        """`invariant`: a token of a prompt is computed as one of an answer is, and gets the same to the last
+        bit where the base's products give each row the same (`StoredLinear`)."""
         self._model = model
         self._layers = layers
         self._paged = PagedAttention(pages, page_size, model.dtype, model.device)
-        self._inputs = StepInputs(max_tokens, max_running, -(-max_context // page_size), model.device)
+        rows = max_tokens if invariant else max_running
+        self._inputs = StepInputs(max_tokens, rows, -(-max_context // page_size), model.device)
+        self._invariant = invariant
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._before = model.config._attn_implementation
         self._plan_slots: list[tuple[Slot | None, int]] = []
@@ -170,11 +175,12 @@ class Runner:
         return logits if kept is None or self._keeps else logits[kept]
 
     def _write(self, chunks: Items[Chunk]) -> int:
-        """Ids, positions, slots and, of single tokens, pages; returns the number of tokens."""
+        """Ids, positions, slots and, of rows, pages; returns the number of tokens."""
         inputs, size = self._inputs, self._paged.page_size
         done = 0
-        for row, chunk in enumerate(chunks):
+        for number, chunk in enumerate(chunks):
             sequence, start = chunk.sequence, chunk.start
+            row = done if self._invariant else number
             if chunk.length == 1:
                 inputs.host_ids[done] = sequence.tokens[start]
                 inputs.host_positions[done] = start
@@ -190,12 +196,17 @@ class Runner:
                 inputs.host_slots[at] = (
                     np.asarray(sequence.pages)[positions // size] * size + positions % size
                 )
+                if self._invariant:
+                    inputs.host_lengths[at] = positions + 1
+                    inputs.host_tables[at, : len(sequence.pages)] = sequence.pages
             done += chunk.length
         return done
 
     def _attention(self, chunks: Items[Chunk], count: int) -> tuple[Rows | None, Tensor | None, list[Piece]]:
         """What the attention is told about a step: rows of single tokens come first, which the scheduler sees
-        to."""
+        to. Where all tokens are to be computed alike, all are rows."""
+        if self._invariant:
+            return self._inputs.rows(count), None, []
         singles = 0
         while singles < len(chunks) and chunks[singles].length == 1:
             singles += 1

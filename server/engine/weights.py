@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from loramux.kernels import gated_lora, mixlora_ffn, packed_linear, paged_attention, pointwise
 from loramux.kernels.packed_linear import (
     BLOCK,
     Kind,
@@ -32,6 +33,8 @@ HALVES = {
     torch.bfloat16: Kinds(Kind.BF16, Kind.BF16),
     torch.float16: Kinds(Kind.F16, Kind.F16),
 }
+#: What is left in float32 where every row has to be computed alike: torch's own products do not promise that.
+FULL = Kinds(Kind.F32, Kind.F32)
 #: Types of GGUF that a kernel reads as they lie in the file.
 _READ = frozenset({Kind.BF16, Kind.F16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1})
 
@@ -66,6 +69,21 @@ def choose_weights(stored: torch.dtype | None, shape: tuple[int, int], *, large:
     return Choice(kinds if keep else None, why)
 
 
+def choose_alike(stored: torch.dtype | None) -> Choice:
+    """For a base whose tokens have to be computed alike everywhere: not by a measurement, which may fall out
+    otherwise in another process."""
+    kinds = HALVES.get(stored) if stored is not None else None
+    if kinds is None:
+        return Choice(FULL, "weights in float32, every token computed alike")
+    return Choice(kinds, f"weights stay {str(stored).removeprefix('torch.')}, every token computed alike")
+
+
+def is_compiled() -> bool:
+    """Whether all that a token meets in a step is there compiled."""
+    kernels = (packed_linear, paged_attention, gated_lora, mixlora_ffn.native, pointwise)
+    return all(one.library() is not None for one in kernels)
+
+
 def choose_blocks(weights: GgufWeights) -> Choice:
     """For a base that computes in float32 and lies in a GGUF file: blocks that a kernel reads stay as they
     are, with the answers of the decoded weights; others are held in 16 bits, as the model folder has them."""
@@ -91,6 +109,8 @@ def prepare(
     dtype: torch.dtype,
     kinds: Kinds | None,
     weights: GgufWeights | None = None,
+    *,
+    invariant: bool = False,
 ) -> None:
     """Give a loaded, frozen base its weights as chosen, and on a CPU the fewest calls a step.
 
@@ -100,13 +120,16 @@ def prepare(
         dtype: what it computes in.
         kinds: how matrices are held, where that is not `dtype`.
         weights: the file that `kinds.given` is about.
+        invariant: what a token gets must not depend on the others of a step; in float32 on a CPU.
     """
     if kinds is not None and weights is not None:
         _restore(model, kinds, weights)
-        store_weights(model, kinds, partial(_packed, weights))
+        store_weights(model, kinds, partial(_packed, weights), invariant=invariant)
     elif kinds is not None:
-        store_weights(model, kinds)
-    else:
+        store_weights(model, kinds, invariant=invariant)
+    if invariant:
+        store_weights(model, FULL, invariant=True)
+    elif kinds is None:
         pack_linears(model)
     if device.type == "cpu" and dtype == torch.float32:
         make_lean(model)

@@ -28,7 +28,13 @@ from loramux.server.engine.model import (
     weight_bytes,
     worth_keeping,
 )
-from loramux.server.engine.weights import QUANTIZED, choose_blocks, choose_weights
+from loramux.server.engine.weights import (
+    QUANTIZED,
+    choose_alike,
+    choose_blocks,
+    choose_weights,
+    is_compiled,
+)
 from loramux.server.errors import StartError
 
 #: NF4 with double quantisation, as bitsandbytes stores it: one byte of scale a block, one float a block of
@@ -44,6 +50,7 @@ class Target:
         dtype: what it computes in.
         kinds: how its matrices are held, where that is not `dtype` or nf4.
         why: how that came about, for the log.
+        invariant: whether what a token gets must not depend on the others of a step.
     """
 
     device: torch.device
@@ -51,6 +58,7 @@ class Target:
     quantization: str
     kinds: Kinds | None = None
     why: str = ""
+    invariant: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -91,12 +99,19 @@ class Blueprint:
         return cls(location, model)
 
     def target(
-        self, *, device: str, dtype: str, quantization: str, weights: GgufWeights | None = None
+        self,
+        *,
+        device: str,
+        dtype: str,
+        quantization: str,
+        weights: GgufWeights | None = None,
+        invariant: bool = False,
     ) -> Target:
         """Settle what the settings leave to us; `weights` are those of the GGUF file, where there is one.
 
         Raises:
-            StartError: the device does not exist here, or does not go together with the quantization.
+            StartError: the device does not exist here, or does not go together with the quantization or with
+                `invariant`.
         """
         try:
             where = resolve_device(device)
@@ -105,6 +120,8 @@ class Blueprint:
         chosen = resolve_quantization(quantization, where)
         config = self._model.config
         stored = getattr(config, "dtype", None)
+        if invariant:
+            self._check_invariant(where, dtype, chosen)
         if chosen in QUANTIZED:
             if where.type != "cpu" or dtype not in ("auto", "float32"):
                 raise StartError(
@@ -116,8 +133,19 @@ class Blueprint:
                     f"base model {self._location} is quantised already; set quantization to none"
                 )
             return Target(
-                where, torch.float32, chosen, QUANTIZED[chosen], f"weights in {chosen}, as asked for"
+                where,
+                torch.float32,
+                chosen,
+                QUANTIZED[chosen],
+                f"weights in {chosen}, as asked for",
+                invariant,
             )
+        if invariant:
+            if dtype == "auto" and weights is not None:
+                choice = choose_blocks(weights)
+            else:
+                choice = choose_alike(stored if dtype == "auto" else None)
+            return Target(where, torch.float32, chosen, choice.kinds, choice.why, invariant)
         compute = resolve_dtype(dtype, where, worth_keeping(self._location, config))
         automatic = dtype == "auto" and where.type == "cpu" and compute == torch.float32 and chosen == "none"
         if not automatic or getattr(config, "quantization_config", None) is not None:
@@ -128,6 +156,19 @@ class Blueprint:
         large = 2 * self.parameters > LARGE
         choice = choose_weights(stored, self._largest_matrix(), large=large)
         return Target(where, compute, chosen, choice.kinds, choice.why)
+
+    def _check_invariant(self, where: torch.device, dtype: str, quantization: str) -> None:
+        if where.type != "cpu":
+            reason = f"is for a CPU, not for {where}"
+        elif dtype not in ("auto", "float32"):
+            reason = f"computes in float32, not in {dtype}"
+        elif quantization == "nf4" or getattr(self._model.config, "quantization_config", None) is not None:
+            reason = "is not for bases in nf4 or quantised already; take int8 or int4"
+        elif not is_compiled():
+            reason = "needs the compiled kernels, and this was installed without a C++ compiler"
+        else:
+            return
+        raise StartError(f"engine.batch_invariant {reason}")
 
     def shapes(self, id: str) -> BaseShapes:
         """Its linear modules."""
