@@ -175,11 +175,8 @@ class Residency:
             self._unpin(entry)
 
     def preload(self) -> int:
-        """Copy in the experts that there is room for, in the order of the pool, before anything is leased.
-
-        Returns:
-            how many experts are resident.
-        """
+        """Copy in the experts that there is room for, in the order of the pool, before anything is leased;
+        returns how many are resident."""
         fitting: dict[str, LoraAdapter] = {}
         free = self._arena.free_rows
         for expert in self._experts.values():

@@ -95,7 +95,7 @@ async def served(*words: str, more: Sequence[str] = ()) -> AsyncIterator[httpx.A
                 yield client
         finally:
             process.terminate()
-            process.wait(60)
+            process.wait(300)
             process.stdout.close()
 
 

@@ -178,3 +178,58 @@ def test_a_module_that_no_adapter_targets_is_left_alone(
 def test_a_gate_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(ValueError, match="5 rows"):
         GateSlot(((0, 5),), torch.ones(4), frozenset())
+
+
+@pytest.mark.skipif(library() is None, reason="the package was installed without a C++ compiler")
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n_in", "n_out"), [(64, 48), (33, 7), (1, 129), (130, 300)])
+def test_what_a_token_gets_depends_neither_on_the_others_nor_on_where_rows_were_free(
+    n_in: int, n_out: int, factors: torch.dtype
+) -> None:
+    """Bit by bit, in single tokens, segments and on any number of threads; rows lie as in another arena."""
+    names, rank, form = "dacb", 5, NativeForm(torch.float32, factors)
+    a, b = torch.randn(len(names), rank, n_in), torch.randn(len(names), rank, n_out)
+    x, y = torch.randn(61, n_in), torch.randn(61, n_out)
+    weights = torch.randn(4, len(names))
+
+    def slots(starts: list[tuple[int, int]]) -> list[GateSlot]:
+        """An expert in two stretches of rows, as an arena gives them out where little is free."""
+        extents = [((first, first + 2), (rest, rest + rank - 2)) for first, rest in starts]
+        return [
+            GateSlot(
+                tuple(extent for number in used for extent in extents[number]),
+                torch.cat([weights[slot, number].expand(rank) for number in used]),
+                frozenset({"m"}),
+                tuple(names[number] for number in used for _ in range(2)),
+            )
+            for slot, used in enumerate([(0,), (1, 2), (2, 3, 0), (3, 1)])
+        ]
+
+    def run(at: list[tuple[int, int]], segments: list[tuple[int, int, int]]) -> torch.Tensor:
+        """What (slot, start, stop) get, packed."""
+        stacked_a, stacked_b = torch.zeros(40, n_in), torch.zeros(40, n_out)
+        for number, (first, rest) in enumerate(at):
+            rows = [first, first + 1, *range(rest, rest + rank - 2)]
+            stacked_a[rows], stacked_b[rows] = a[number], b[number]
+        made = slots(at)
+        plan = plan_step([(made[slot], stop - start) for slot, start, stop in segments])
+        tokens = [token for _, start, stop in segments for token in range(start, stop)]
+        found = y[tokens].clone()
+        apply(form, plan, found, x[tokens], stacked_a.to(factors), stacked_b.to(factors))
+        return found
+
+    neighbours = [(10 * n, 10 * n + 2) for n in range(4)]
+    elsewhere = [(30, 37), (3, 20), (0, 12), (25, 33)]
+    of = torch.randint(4, (61,)).tolist()
+    alone = torch.cat([run(neighbours, [(slot, t, t + 1)]) for t, slot in enumerate(of)])
+    usual = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        try:
+            for at in (neighbours, elsewhere):
+                assert torch.equal(run(at, [(slot, t, t + 1) for t, slot in enumerate(of)]), alone)
+                long = run(at, [(2, 0, 40), (1, 40, 61)])
+                cut = [run(at, [(2, t, t + 1)]) for t in range(40)] + [run(at, [(1, 40, 47)])]
+                assert torch.equal(long[:47], torch.cat(cut))
+        finally:
+            torch.set_num_threads(usual)

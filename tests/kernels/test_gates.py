@@ -14,6 +14,7 @@ from loramux.kernels.gated_lora.gates import (
     rank_gate,
 )
 from loramux.kernels.gated_lora.native import library
+from loramux.kernels.gated_lora.native_tokens import MAX_TOKENS
 from loramux.kernels.gated_lora.prototypes import prototypes
 from tests.kernels.batches import draw
 
@@ -137,15 +138,37 @@ def test_the_native_form_equals_the_plain_one_in_float64(
     torch.testing.assert_close(seen[1].double(), seen[0], rtol=1e-5, atol=1e-6)
 
 
-def test_more_tokens_than_the_native_form_takes_are_computed_otherwise() -> None:
-    a, b, router, x = torch.randn(4, 9), torch.randn(6, 4), torch.randn(8, 9), torch.randn(200, 9)
-    layer = RankGated(a, b, router, 2, 1.0)
-    whole = torch.zeros(200, 6)
+@pytest.mark.skipif(library() is None, reason="the package was installed without a C++ compiler")
+@pytest.mark.parametrize("method", ["loracoe", "loramoe", "mola", "arrow", "spectr", "plain"])
+def test_what_a_token_gets_does_not_depend_on_the_others(method: str) -> None:
+    """Bit by bit, also beyond what one call takes, and on any number of threads."""
+    experts, rank, n_in, n_out = draw(2, 9), draw(1, 12), draw(1, 300), draw(1, 300)
+    a = [torch.randn(rank, n_in) for _ in range(experts)]
+    b = [torch.randn(n_out, rank) for _ in range(experts)]
+    router, scales = torch.randn(experts, n_in), [0.5] * experts
+    layer = {
+        "loracoe": lambda: RankGated(a[0], b[0], torch.randn(experts * rank, n_in), experts, 1.3),
+        "loramoe": lambda: ExpertGated(a, b, scales, router, ExpertGate()),
+        "mola": lambda: ExpertGated(a, b, scales, router, ExpertGate(2)),
+        "arrow": lambda: ExpertGated(a, b, scales, router, ExpertGate(2, magnitude=True)),
+        "spectr": lambda: ExpertGated(a, b, scales, None, ExpertGate(2)),
+        "plain": lambda: Ungated(a[0], b[0], 0.7),
+    }[method]()
+    tokens = MAX_TOKENS + 40
+    x, y = torch.randn(tokens, n_in), torch.randn(tokens, n_out)
+    whole = y.clone()
     layer.add_(whole, x)
-    parts = torch.zeros(200, 6)
-    for start in range(0, 200, 40):
-        layer.add_(parts[start : start + 40], x[start : start + 40])
-    torch.testing.assert_close(whole, parts)
+    usual = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            for size in (1, 5, 100):
+                parts = y.clone()
+                for mine, theirs in zip(parts.split(size), x.split(size), strict=True):
+                    layer.add_(mine, theirs)
+                assert torch.equal(parts, whole)
+        finally:
+            torch.set_num_threads(usual)
 
 
 def test_more_than_all_experts_are_all_experts() -> None:
@@ -158,6 +181,9 @@ def test_a_plain_lora_is_added_with_its_factor() -> None:
     found = torch.ones(6, 5).double()
     Ungated(a, b, 0.25).add_(found, x)
     torch.testing.assert_close(found, 1 + 0.25 * x @ a.T @ b.T)
+    native = torch.ones(6, 5)
+    Ungated(a.float(), b.float(), 0.25).add_(native, x.float())
+    assert error(native, found) < TOLERANCE[torch.float32]
 
 
 def test_gates_are_float32_beside_bfloat16_factors() -> None:

@@ -173,3 +173,46 @@ def test_a_piece_of_a_prompt_sees_what_came_before_it(q: int, kind: str) -> None
     query, keys, values = torch.randn(q, 6, 16), torch.randn(30, 2, 16), torch.randn(30, 2, 16)
     wanted = attention_reference(query.double(), keys.double(), values.double(), scores)
     assert torch.allclose(prompt_attention(query, keys, values, scores).double(), wanted, atol=2e-6)
+
+
+@pytest.mark.skipif(library() is None, reason="installed without a C++ compiler")
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 16), (3, 3, 40), (8, 1, 64)])
+def test_a_prompts_tokens_are_rows_and_get_what_they_get_one_by_one(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, kind: str
+) -> None:
+    """Bit by bit, in pieces of any size, beside another sequence that shares its first pages."""
+    options = dict(SCORES[kind])
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(heads)
+    scores, form, page, n, shared = Scores(0.3, **options), NativeForm(dtype), 8, 75, 16
+    tables = torch.randperm(24).int().view(2, 12)[:, : -(-n // page)]
+    tables[1, : shared // page] = tables[0, : shared // page]
+    query, key, value = (torch.randn(2, n, count, dim, dtype=dtype) for count in (heads, kv_heads, kv_heads))
+    for part in (key, value):  # what two prompts have in common lies in the same pages
+        part[1, :shared] = part[0, :shared]
+
+    def run(pieces: list[tuple[int, int]], beside: bool) -> Tensor:
+        keys, values = (torch.zeros(24, page, kv_heads, dim, dtype=dtype) for _ in range(2))
+        found = []
+        for start, stop in pieces:
+            at = torch.arange(start, stop)
+            which = [0, 1] if beside else [0]
+            slots = [tables[i].long()[at // page] * page + at % page for i in which]
+            rows = Rows(
+                torch.cat([tables[i].expand(len(at), -1) for i in which]),
+                (at + 1).int().repeat(len(which)),
+                torch.cat(slots),
+            )
+            packed = (torch.cat([part[i, at] for i in which]) for part in (query, key, value))
+            found.append(form.attend(*packed, keys, values, rows, scores)[: len(at)])
+        return torch.cat(found)
+
+    alone = run([(t, t + 1) for t in range(n)], beside=False)
+    wide = [part[0].double() for part in (query, key, value)]
+    wanted = attention_reference(*wide, scores)
+    assert (alone.double() - wanted).norm() / wanted.norm() <= TOLERANCE[dtype]
+    for pieces in ([(0, n)], [(0, 7), (7, 8), (8, 50), (50, n)]):
+        for beside in (False, True):
+            assert torch.equal(run(pieces, beside), alone)

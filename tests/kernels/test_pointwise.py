@@ -47,3 +47,10 @@ def test_swiglu_of_what_is_far_out() -> None:
     found = swiglu_(gate.clone(), torch.ones(9))
     expected = torch.nn.functional.silu(gate)
     torch.testing.assert_close(found[1:], expected[1:], atol=1e-30, rtol=1e-5, equal_nan=True)
+
+
+def test_swiglu_of_a_token_does_not_depend_on_the_others() -> None:
+    """Numbers that fill no vector are computed as those that do."""
+    gate, up = 3 * torch.randn(2, 9, 50)
+    alone = torch.cat([swiglu_(one.clone(), other) for one, other in zip(gate, up, strict=True)])
+    assert torch.equal(swiglu_(gate.clone(), up).flatten(), alone)

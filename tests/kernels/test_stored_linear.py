@@ -74,6 +74,28 @@ def test_a_token_is_told_the_same_whatever_else_is_in_the_batch(
 @native
 @pytest.mark.parametrize("instructions", instruction_sets())
 @pytest.mark.parametrize("kind", Kind)
+def test_an_invariant_layer_tells_a_prompt_what_it_tells_a_token(
+    kind: Kind, instructions: Instructions
+) -> None:
+    """Where torch would multiply, which adds up in another order."""
+    packed = pack(torch.randn(50, 200), kind)
+    layer = StoredLinear(packed, torch.randn(50), invariant=True, instructions=instructions)
+    x = torch.randn(150, 200)
+    together = layer(x)
+    assert error(together, oracle(x, packed, layer.bias)) < 2e-6
+    usual = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            for tokens in (1, 7, 100):
+                assert torch.equal(torch.cat([layer(part) for part in x.split(tokens)]), together)
+        finally:
+            torch.set_num_threads(usual)
+
+
+@native
+@pytest.mark.parametrize("instructions", instruction_sets())
+@pytest.mark.parametrize("kind", Kind)
 def test_widening_is_exact(kind: Kind, instructions: Instructions) -> None:
     """Also of what is beyond normal numbers: the smallest halves, and none at all."""
     weight = torch.randn(9, 300) * torch.logspace(-8, 2, 9)[:, None]
