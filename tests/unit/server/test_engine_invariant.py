@@ -31,7 +31,8 @@ from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint
 from loramux.server.pool.routing import open_pool
 from loramux.server.settings import Settings
-from tests.tiny import NOWHERE, VOCABULARY
+from tests.tiny import NOWHERE, VOCABULARY, Answer, random_prompt, running
+from tests.tiny import random_experts as some_experts
 from tests.tiny_sparse import random_experts
 
 pytestmark = pytest.mark.skipif(not is_compiled(), reason="installed without a C++ compiler")
@@ -229,3 +230,29 @@ def test_it_needs_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         Blueprint.read(str(POOL / "base")).target(
             device="cpu", dtype="auto", quantization="auto", invariant=True
         )
+
+
+def test_an_answer_that_goes_on_elsewhere_is_the_same_to_the_last_bit() -> None:
+    """Drawn with a seed, cut at any token, its experts in other rows and others beside it."""
+    model = prepared("Llama", {})
+    experts = some_experts(model, (4, 8, 3))
+    weights, prompt = {"a": 0.7, "b": -0.4, "c": 0.3}, random_prompt(21)
+    drawn = {"temperature": 1.0, "seed": 7, "top_p": 0.9, "logprobs": 0, "max_tokens": 24}
+
+    async def whole() -> Answer:
+        async with running(model, experts, invariant=True) as rig:
+            return await rig.ask(prompt, weights, **drawn)
+
+    async def rest(before: list[int]) -> Answer:
+        async with running(model, experts, invariant=True) as rig:
+            await rig.ask(random_prompt(9), {"c": 1.0})  # takes the first rows
+            others = asyncio.gather(*(rig.ask(random_prompt(30), {"b": 1.0}) for _ in range(4)))
+            async with rig.residency.lease(rig.blend(weights)) as lease:
+                work = Work("again", prompt, Sampling(**drawn), lease.handle, answered=tuple(before))
+                found = Answer([event async for event in rig.engine.run(work)])
+            await others
+            return found
+
+    expected = asyncio.run(whole())
+    for cut in (1, 7, 23):
+        assert asyncio.run(rest(expected.tokens[:cut])).scores == expected.scores[cut:]
