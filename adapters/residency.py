@@ -167,10 +167,8 @@ class Residency:
             if entry.handle is None and entry.task is not None:
                 # Shielded: one client that leaves must not undo the merge that others wait for.
                 await asyncio.shield(entry.task)
-            seconds = 0.0 if cached else entry.seconds
-            yield Lease(
-                blend.key, blend.method, entry.handle, entry.rank, entry.relative_error, cached, seconds
-            )
+            took = 0.0 if cached else entry.seconds
+            yield Lease(blend.key, blend.method, entry.handle, entry.rank, entry.relative_error, cached, took)
         finally:
             self._unpin(entry)
 
@@ -180,10 +178,9 @@ class Residency:
         fitting: dict[str, LoraAdapter] = {}
         free = self._arena.free_rows
         for expert in self._experts.values():
-            known = expert.content_hash in self._residents or expert.content_hash in fitting
-            if not known and expert.max_rank <= free:
-                fitting[expert.content_hash] = expert
-                free -= expert.max_rank
+            content, rank = expert.content_hash, expert.max_rank
+            if content not in self._residents and content not in fitting and rank <= free:
+                fitting[content], free = expert, free - rank
         # In their rows they lie as blends name them: parts that are neighbours are read in one go.
         places = {content: self._arena.allocate(fitting[content].max_rank) for content in sorted(fitting)}
         for content, expert in fitting.items():
