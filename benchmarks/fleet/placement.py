@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
-#: No replica gets more than this many times the mean load, and one sequence more (as the product has it).
-BOUND = 1.5
+#: No replica gets more than this many times the mean load, or this many sequences more (as the product has
+#: it).
+BOUND, FEW = 1.5, 4
 #: (key of a blend or session, replicas) -> whose turn it is; the least comes first
 Turn = Callable[[int, Ints], npt.NDArray[np.uint64]]
 
@@ -61,7 +62,7 @@ class Placement:
 
     def _affinity(self, alive: Ints, loads: Ints, missing: Ints, blend: int, session: int) -> int:  # noqa: ARG002
         mean = (int(loads.sum()) + 1) / len(alive)
-        limit = max(BOUND * mean, mean + 1)
+        limit = max(BOUND * mean, mean + FEW)
         cost = missing + (loads + 1 > limit) * (1 << 20)
         equal = np.flatnonzero(cost == cost.min())
         return int(equal[self._turn(blend, alive[equal]).argmin()])

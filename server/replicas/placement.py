@@ -16,8 +16,9 @@ from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.sparse.token_mixtures import TokenMixture
 from loramux.server.leases import Mixture, SparseChoice
 
-#: No replica gets more than this many times the mean load, and one sequence more.
-BOUND = 1.5
+#: No replica gets more than this many times the mean load, or this many sequences more where that is more: a
+#: step of a few takes hardly longer than a step of one.
+BOUND, FEW = 1.5, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +108,7 @@ class Affinity:
         """First those with room below the bound, of these the one that has to copy least, and of equals the
         one whose turn it is by the blend's digest."""
         mean = (sum(replica.load for replica in replicas) + 1) / len(replicas)
-        limit = max(self._bound * mean, mean + 1)
+        limit = max(self._bound * mean, mean + FEW)
         return sorted(
             replicas,
             key=lambda one: (one.load + 1 > limit, one.shadow.missing(wish), _turn(wish.key, one.number)),
