@@ -24,6 +24,12 @@ from loramux.server.engine.sampler import Sampler, adjust_
 from loramux.server.engine.sequence import Sequence as EngineSequence
 
 VOCABULARY = 300
+#: What a config of most families takes.
+SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_hidden_layers": 3, "vocab_size": VOCABULARY, "max_position_embeddings": 256,
+    "initializer_range": 0.15, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def tiny_llama(**overrides: Any) -> LlamaForCausalLM:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from loramux.kernels.compiled import readable
 from loramux.kernels.gated_lora.native import SERIAL, library
 
 
@@ -53,6 +54,4 @@ def _call(factor: Tensor, tokens: int) -> tuple[_Plain, Tensor]:
 
 
 def _takes(*tensors: Tensor) -> bool:
-    return tensors[-1].is_contiguous() and all(
-        one.device.type == "cpu" and one.dtype == torch.float32 and not one.requires_grad for one in tensors
-    )
+    return tensors[-1].is_contiguous() and readable(*tensors)

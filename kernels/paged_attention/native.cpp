@@ -3,6 +3,7 @@
 //
 // Called through a plain C interface, so that no header of Python or torch is needed to build it.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

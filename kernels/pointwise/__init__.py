@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from loramux.kernels.compiled import compiled
+from loramux.kernels.compiled import compiled, readable
 
 __all__ = ["SERIAL", "library", "rms_norm", "rotate_", "swiglu_", "takes"]
 
@@ -55,9 +55,7 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the operators may be called with these, once they are contiguous."""
-    return library() is not None and all(
-        one.device.type == "cpu" and one.dtype == torch.float32 and not one.requires_grad for one in tensors
-    )
+    return library() is not None and readable(*tensors)
 
 
 def swiglu_(gate: Tensor, up: Tensor) -> Tensor:

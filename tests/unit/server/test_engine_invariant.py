@@ -31,7 +31,7 @@ from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint
 from loramux.server.pool.routing import open_pool
 from loramux.server.settings import Settings
-from tests.tiny import NOWHERE, VOCABULARY, Answer, random_prompt, running
+from tests.tiny import NOWHERE, SIZES, Answer, random_prompt, running
 from tests.tiny import random_experts as some_experts
 from tests.tiny_sparse import random_experts
 
@@ -160,11 +160,6 @@ def test_every_mixture_is_computed_alike_whatever_runs_beside_it(held: dict[str,
     asyncio.run(scenario())
 
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 3, "vocab_size": VOCABULARY, "max_position_embeddings": 256,
-    "initializer_range": 0.15, "pad_token_id": 0,
-}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, biases, odd sizes": (

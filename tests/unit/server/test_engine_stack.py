@@ -13,15 +13,10 @@ from loramux.kernels.packed_linear import Kind, Kinds, StoredLinear, unpack
 from loramux.server.engine.runner import Runner
 from loramux.server.engine.stack import DecodeStack
 from loramux.server.engine.weights import prepare
-from tests.tiny import VOCABULARY, Answer, random_experts, random_prompt, running
+from tests.tiny import SIZES, Answer, random_experts, random_prompt, running
 
 pytestmark = pytest.mark.skipif(decoder_stack.library() is None, reason="installed without a C++ compiler")
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "num_hidden_layers": 3, "vocab_size": VOCABULARY, "max_position_embeddings": 256,
-    "initializer_range": 0.15, "pad_token_id": 0,
-}  # fmt: skip
 #: Family, what else its config needs.
 FIT: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
