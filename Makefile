@@ -35,8 +35,8 @@ test: lint
 	@# Two at a time, since most tests use one core (threads that wait must not spin then); what the second say follows.
 	@mkdir -p build
 	@export OMP_WAIT_POLICY=passive; $(BIN)/pytest $(wildcard tests/http tests/e2e) > build/http-tests.log 2>&1 & second=$$!; \
-		$(BIN)/pytest tests/unit tests/kernels; first=$$?; \
-		wait $$second; second=$$?; cat build/http-tests.log; exit $$((first || second))
+		first=0; $(BIN)/pytest tests/unit tests/kernels || first=1; \
+		wait $$second && second=0 || second=1; cat build/http-tests.log; exit $$((first || second))
 
 # The engine on the oldest and on the newest transformers that pyproject.toml allows; needs a package index.
 test-releases: $(TEST_STAMP)

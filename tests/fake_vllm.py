@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 #: Tokens of a page of its cache; vLLM has 16.
 BLOCK = 4
+#: Ends of a line for Python, not for server-sent events; vLLM sends them as they are.
+LINE_ENDS = "\x85\u2028\u2029"
 
 
 @dataclass(eq=False)
@@ -181,7 +183,8 @@ class FakeVllm:
                 chances = torch.softmax(pushed / body["temperature"], dim=-1)
                 token = int(torch.multinomial(chances, 1, generator=generator))
             ids.append(token)
-            chunk: dict[str, Any] = {"index": 0, "text": "", "finish_reason": None, "stop_reason": None}
+            chunk: dict[str, Any] = {"index": 0, "text": LINE_ENDS}
+            chunk |= {"finish_reason": None, "stop_reason": None}
             if body.get("return_token_ids") and self.token_ids:
                 chunk["token_ids"] = [token]
             if body.get("logprobs") is not None:
@@ -220,7 +223,8 @@ class FakeVllm:
         for number, chunk in enumerate(self._answer(body)):
             if number == self.break_after:
                 raise ConnectionError("broken off")
-            yield f"data: {json.dumps({'object': 'text_completion', 'choices': [chunk]})}\n\n"
+            event = {"object": "text_completion", "choices": [chunk]}
+            yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
         if (body.get("stream_options") or {}).get("include_usage"):
             yield f"data: {json.dumps({'object': 'text_completion', 'choices': [], 'usage': usage})}\n\n"
         yield "data: [DONE]\n\n"

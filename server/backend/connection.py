@@ -78,11 +78,11 @@ class Connection:
                 if response.is_error:
                     await response.aread()
                     raise self._refused(path, response)
-                async for line in response.aiter_lines():
-                    if not line.startswith("data:"):
+                async for line in _lines(response):
+                    if not line.startswith(b"data:"):
                         continue
                     text = line[5:].strip()
-                    if text == "[DONE]":
+                    if text == b"[DONE]":
                         return
                     yield self._event(path, text)
         except httpx.TransportError as error:
@@ -111,7 +111,7 @@ class Connection:
             raise BackendDown(f"backend {self.url}: not connected")
         return self._client
 
-    def _event(self, path: str, text: str) -> dict[str, Any]:
+    def _event(self, path: str, text: bytes) -> dict[str, Any]:
         try:
             found = json.loads(text)
         except ValueError:
@@ -137,6 +137,17 @@ class Connection:
     def _down(self, error: httpx.TransportError) -> BackendDown:
         reason = _line(str(error)) or type(error).__name__
         return BackendDown(f"backend {self.url}: {reason}")
+
+
+async def _lines(response: httpx.Response) -> AsyncGenerator[bytes]:
+    """Lines as server-sent events mean them; httpx would end one at U+2028 too, which JSON may hold."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *whole, rest = (rest + part).split(b"\n")
+        for line in whole:
+            yield line.rstrip(b"\r")
+    if rest:
+        yield rest
 
 
 def _number(given: object) -> int:

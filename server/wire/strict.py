@@ -28,6 +28,7 @@ _NAMED = NESTED_UNSUPPORTED | {"summary", "generate_summary"}
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 # Made once: json.dumps would make one for every chunk of every stream.
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+_LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}
 
 Amount = TypeVar("Amount", int, int | None)
 
@@ -151,8 +152,13 @@ def parse(model: type[Model], body: object, limits: Limits) -> Model:
 
 
 def encode_json(value: Mapping[str, Any]) -> bytes:
-    """Compact UTF-8 JSON."""
-    return _ENCODER.encode(value).encode()
+    """Compact UTF-8 JSON, in which nothing ends a line.
+
+    JSON leaves U+0085, U+2028 and U+2029 as they are; clients that cut a stream with their language's own
+    idea of lines (Python's `splitlines`, httpx's `iter_lines`) would cut an event there.
+    """
+    text = _ENCODER.encode(value)
+    return (text if text.isascii() else text.translate(_LINE_ENDS)).encode()
 
 
 def _request_error(error: ValidationError) -> RequestError:

@@ -1,5 +1,6 @@
 """The real OpenAI client against a real socket."""
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -182,6 +183,15 @@ def test_completion_with_echo_and_logprobs(served: Served) -> None:
     assert choice.logprobs.token_logprobs == [None, -0.5, -0.5, -0.5]
     assert choice.logprobs.text_offset == [0, 1, 2, 3]
     assert choice.logprobs.top_logprobs == [None, {"b": -0.5}, {"H": -0.5}, {"e": -0.5}]
+
+
+def test_no_text_ends_a_line_of_a_stream(served: Served) -> None:
+    ends = "a\x85b\u2028c\u2029d\x0b\x0ce"
+    body = {"model": BASE, "prompt": ends, "max_tokens": 1, "echo": True, "stream": True}
+    lines = served.http.post("/v1/completions", json=body).text.splitlines()
+    assert {line[:6] for line in lines} == {"", "data: "}
+    sent = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(choice["text"] for chunk in sent for choice in chunk["choices"]).startswith(ends)
 
 
 def test_scoring_a_prompt_without_generating(served: Served) -> None:

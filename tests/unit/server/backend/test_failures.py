@@ -80,7 +80,7 @@ def test_a_blend_has_its_home_and_another_when_that_is_gone(run: Run) -> None:
 
 def test_a_backend_that_comes_back_gets_its_share_again(run: Run) -> None:
     async def test(found: Behind) -> None:
-        blends = [found.blend(a=number / 16) for number in range(1, 9)]
+        blends = [found.blend(a=number / 32) for number in range(1, 17)]
         first, second = found.fleet.members
         found.fakes[0].refuse = 503
         for blend in blends:
@@ -96,7 +96,7 @@ def test_a_backend_that_comes_back_gets_its_share_again(run: Run) -> None:
             await found.ask(blend)
         assert len(found.fakes[0].bodies) > count
 
-    run(test, count=2, adapters=8)
+    run(test, count=2, adapters=16)
 
 
 def test_one_that_dies_is_missed_though_nobody_asks(run: Run) -> None:
