@@ -6,6 +6,7 @@ tried on 0.32: a name twice is a 400, a missing path or name a 404, too large a 
 forgets all adapters.
 """
 
+import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -259,12 +260,19 @@ def error(status: int, message: str) -> Response:
 @contextmanager
 def listening(server: FakeVllm, port: int = 0) -> Iterator[str]:
     """The server on a free port, or a given one, in a thread of its own; its address."""
-    # A connection that is accepted while it ends would be waited for.
+    # A connection that is accepted while it ends would be waited for, and then left open.
     config = uvicorn.Config(
         server.app(), port=port, log_level="critical", lifespan="off", timeout_graceful_shutdown=1
     )
     runner = uvicorn.Server(config)
-    thread = threading.Thread(target=runner.run, daemon=True)
+
+    async def serve() -> None:
+        await runner.serve()
+        for connection in runner.server_state.connections:
+            connection.transport.abort()  # type: ignore[union-attr]
+        await asyncio.sleep(0)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     while not runner.started:
         assert thread.is_alive()

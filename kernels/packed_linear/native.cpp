@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #ifdef _OPENMP
@@ -36,6 +37,8 @@ static const int64_t BLOCK = 32;
 static const int64_t ROWS = 4;
 // Blocks of so many rows are widened at a time for several tokens, and stay in the nearest cache.
 static const int64_t PIECE = 8;
+// Tokens of several that are multiplied at a time.
+static const int64_t SLAB = 64;
 
 // The pragmas alone do not tell the preprocessor of g++ before 13 what there is: LEVEL does.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)

@@ -1,12 +1,16 @@
-"""`y = x Wᵀ + b` with W laid out once for the processor, instead of on every call.
+"""`y = x Wᵀ + b` by oneDNN: with W laid out once for the processor, or as it is.
 
 A product of a few tokens with a large matrix is what decoding consists of. oneDNN's own layout of the matrix
-makes it one and a half to two times as fast in float32 as the plain one, and no slower for long prompts
+makes it one and a half to two times as fast in float32 as the plain one. For the many tokens of a prompt the
+layout no longer matters, and the library does: on some processors torch's own product takes twice as long
 (docs/log.md).
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 #: The number of tokens the layout is chosen for; it is right for any other number too.
 TOKENS = 16
@@ -18,8 +22,23 @@ def can_pack(weight: Tensor) -> bool:
         weight.device.type == "cpu"
         and weight.dtype == torch.float32
         and weight.layout == torch.strided
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and _is_there()
     )
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ + b, float32 [tokens, rows], of many tokens [tokens, columns] and a plain matrix [rows, columns]
+    on the CPU."""
+    if not _is_there():
+        return F.linear(x, weight, bias)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+@cache
+def _is_there() -> bool:
+    found: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return found
 
 
 class PackedLinear(nn.Linear):

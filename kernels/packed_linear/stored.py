@@ -5,11 +5,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from loramux.kernels.packed_linear.kinds import Packed, unpack
+from loramux.kernels.packed_linear.kinds import Kind, Packed, unpack
 from loramux.kernels.packed_linear.native import Instructions, NativeMatrix, library
+from loramux.kernels.packed_linear.onednn import multiply
 
-#: For more tokens than this, rows are widened once and multiplied by torch; not where there is AMX, nor where
-#: rows have to be computed alike.
+#: For more tokens than this, rows are widened once and multiplied by oneDNN; not where there is AMX, nor
+#: where rows have to be computed alike.
 FEW = 64
 #: Values that are widened at a time then: they stay in a cache that threads share.
 _PIECE = 2**20
@@ -23,7 +24,8 @@ class StoredLinear(nn.Linear):
 
     Args:
         invariant: a row of y depends on its row of x alone, to the last bit; without it, many rows are left
-            to torch, which is faster and adds up in an order that depends on their number. Needs the library.
+            to oneDNN, which is faster and adds up in an order that depends on their number. Needs the
+            library.
     """
 
     def __init__(
@@ -43,25 +45,29 @@ class StoredLinear(nn.Linear):
         _hold(self, packed)
         self.native = None if library() is None else NativeMatrix(packed, self.bias, instructions)
         self._all_alike = invariant or (self.native is not None and self.native.takes_many)
+        self._plain = unpack(packed) if packed.kind is Kind.F32 else None
 
     def forward(self, x: Tensor) -> Tensor:
         native = self.native
         if native is None:
             return F.linear(x.float(), unpack(self.packed), self.bias).to(x.dtype)
         tokens = x.numel() // self.in_features
-        y = native.multiply(x) if tokens <= FEW or self._all_alike else self._by_pieces(native, x)
+        y = native.multiply(x) if tokens <= FEW or self._all_alike else self._many(native, x)
         return y if x.dtype == torch.float32 else y.to(x.dtype)
 
-    def _by_pieces(self, native: NativeMatrix, x: Tensor) -> Tensor:
+    def _many(self, native: NativeMatrix, x: Tensor) -> Tensor:
         """For the many tokens of a prompt, large products are faster."""
         flat = x.reshape(-1, self.in_features).float()
-        y = flat.new_empty(flat.shape[0], self.out_features)
         rows = max(1, _PIECE // self.in_features)
-        for first in range(0, self.out_features, rows):
-            count = min(rows, self.out_features - first)
-            torch.mm(flat, native.widen(first, count).t(), out=y[:, first : first + count])
-        if self.bias is not None:
-            y += self.bias
+        if self._plain is not None or rows >= self.out_features:
+            weight = native.widen(0, self.out_features) if self._plain is None else self._plain
+            y = multiply(flat, weight, self.bias)
+        else:
+            y = flat.new_empty(flat.shape[0], self.out_features)
+            for first in range(0, self.out_features, rows):
+                piece = slice(first, min(first + rows, self.out_features))
+                bias = None if self.bias is None else self.bias[piece]
+                y[:, piece] = multiply(flat, native.widen(first, piece.stop - first), bias)
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -33,8 +33,11 @@ HALVES = {
     torch.bfloat16: Kinds(Kind.BF16, Kind.BF16),
     torch.float16: Kinds(Kind.F16, Kind.F16),
 }
-#: What is left in float32 where every row has to be computed alike: torch's own products do not promise that.
+#: Weights in float32 that a kernel of ours reads as they lie, which computes every row alike and, of few
+#: tokens, is faster than oneDNN's layout.
 FULL = Kinds(Kind.F32, Kind.F32)
+#: Requests at once whose step has to gain from that, beside the step of one.
+_MANY = 16
 #: Types of GGUF that a kernel reads as they lie in the file.
 _READ = frozenset({Kind.BF16, Kind.F16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1})
 
@@ -55,7 +58,7 @@ def choose_weights(stored: torch.dtype | None, shape: tuple[int, int], *, large:
     """
     kinds = HALVES.get(stored) if stored is not None else None
     if kinds is None:
-        return Choice(None, "weights in float32, as the checkpoint has them")
+        return choose_full(shape, "weights in float32, as the checkpoint has them")
     if library() is None:
         return Choice(None, "weights in float32: there are no compiled kernels for others")
     timing = time_product(*shape, kinds.linear)
@@ -66,7 +69,19 @@ def choose_weights(stored: torch.dtype | None, shape: tuple[int, int], *, large:
         f"{what}: one token times a matrix of {timing.rows} x {timing.columns} takes "
         f"{1e6 * timing.stored:.0f} µs as stored, {1e6 * timing.plain:.0f} in float32"
     )
-    return Choice(kinds if keep else None, why)
+    return Choice(kinds, why) if keep else choose_full(shape, why)
+
+
+def choose_full(shape: tuple[int, int], why: str = "weights in float32, as asked for") -> Choice:
+    """For weights in float32 that nothing smaller is to replace: as they lie, where the steps of one request
+    and of sixteen gain from that together, else in oneDNN's layout. Measured at a matrix of `shape`."""
+    if library() is None:
+        return Choice(None, f"{why}; there are no compiled kernels")
+    one, many = (time_product(*shape, FULL.linear, tokens) for tokens in (1, _MANY))
+    gains = [timing.plain / timing.stored for timing in (one, many)]
+    keep = gains[0] * gains[1] > 1
+    found = f"{gains[0]:.2f} times as fast for one token as oneDNN's layout, {gains[1]:.2f} for {_MANY}"
+    return Choice(FULL if keep else None, f"{why}; read {'as they lie' if keep else 'in a layout'}: {found}")
 
 
 def choose_alike(stored: torch.dtype | None) -> Choice:

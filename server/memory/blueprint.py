@@ -32,6 +32,7 @@ from loramux.server.engine.weights import (
     QUANTIZED,
     choose_alike,
     choose_blocks,
+    choose_full,
     choose_weights,
     is_compiled,
 )
@@ -147,9 +148,12 @@ class Blueprint:
                 choice = choose_alike(stored if dtype == "auto" else None)
             return Target(where, torch.float32, chosen, choice.kinds, choice.why, invariant)
         compute = resolve_dtype(dtype, where, worth_keeping(self._location, config))
-        automatic = dtype == "auto" and where.type == "cpu" and compute == torch.float32 and chosen == "none"
-        if not automatic or getattr(config, "quantization_config", None) is not None:
+        free = where.type == "cpu" and compute == torch.float32 and chosen == "none"
+        if not free or getattr(config, "quantization_config", None) is not None:
             return Target(where, compute, chosen)
+        if dtype != "auto":
+            choice = choose_full(self._largest_matrix())
+            return Target(where, compute, chosen, choice.kinds, choice.why)
         if weights is not None:
             choice = choose_blocks(weights)
             return Target(where, compute, chosen, choice.kinds, choice.why)

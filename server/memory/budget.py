@@ -17,7 +17,7 @@ from loramux.router.encoder_place import EncoderPlace
 from loramux.router.errors import RouterError
 from loramux.router.store import encoder_elsewhere
 from loramux.server.engine.local import EngineLimits
-from loramux.server.engine.weights import QUANTIZED
+from loramux.server.engine.weights import FULL, QUANTIZED
 from loramux.server.errors import StartError
 from loramux.server.memory.blueprint import Blueprint, Target
 from loramux.server.memory.room import Room
@@ -323,7 +323,7 @@ class _Planner:
         rows = wish.slot_bytes // self.unit(wish.dtype)
         kind = wish.quantization
         if kind == "none":
-            kind = self.target.dtype_name if wish.kinds is None else str(wish.kinds.linear)
+            kind = self.target.dtype_name if wish.kinds in (None, FULL) else str(wish.kinds.linear)
             if wish.kinds is not None and wish.kinds.given:
                 kind = "as they lie in the file"
         return Budget(
