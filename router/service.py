@@ -109,13 +109,16 @@ class RoutingService:
         cache_bytes: int = 32 << 20,
         max_batch: int = 64,
         observe: Observe | None = None,
+        after_work: Callable[[], None] | None = None,
     ) -> None:
-        """`observe(stage, seconds)` is called on the event loop, per batch: "embed", "search", "classify"."""
+        """`observe(stage, seconds)` is called on the event loop, per batch: "embed", "search", "classify";
+        `after_work` on the thread that reads, whenever it has read."""
         self.router = router
         self._stats = ServiceStats()
         self._cache = _ScoreCache(cache_entries, cache_bytes)
         self._max_batch = max_batch
         self._observe = observe
+        self._after_work = after_work
         self._waiting: deque[_Wait] = deque()
         self._on_the_way: dict[Key, _Wait] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loramux-router")
@@ -199,7 +202,17 @@ class RoutingService:
         """Where the encoder may be used."""
         if self._closed:
             raise RouterError("the router is closed")
-        return await asyncio.get_running_loop().run_in_executor(self._worker, work)
+        return await self._worked(work)
+
+    async def _worked(self, work: Callable[[], Result]) -> Result:
+        def call() -> Result:
+            try:
+                return work()
+            finally:
+                if self._after_work is not None:
+                    self._after_work()
+
+        return await asyncio.get_running_loop().run_in_executor(self._worker, call)
 
     async def _scored(self, key: Key, text: str) -> ScoreRow:
         if self._closed:
@@ -242,9 +255,8 @@ class RoutingService:
         return batch
 
     async def _score_batch(self, batch: Sequence[_Wait]) -> None:
-        loop = asyncio.get_running_loop()
         try:
-            scored = await loop.run_in_executor(self._worker, _score, batch)
+            scored = await self._worked(partial(_score, batch))
         except Exception as error:  # whatever a text makes the encoder raise belongs to that text alone
             if len(batch) == 1:
                 self._stats.failures += 1

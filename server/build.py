@@ -26,6 +26,7 @@ from loramux.adapters.sparse.shelf import Shelf
 from loramux.adapters.sparse.slot import SparseSlot, place
 from loramux.adapters.sparse.token_methods import token_experts
 from loramux.adapters.sparse.token_mixtures import TokenMixtures
+from loramux.kernels.team import release_team, releasing
 from loramux.router.service import RoutingService
 from loramux.server.base_files import BaseFiles
 from loramux.server.connect import connect
@@ -71,7 +72,9 @@ def build(settings: Settings) -> Parts:
         sparse_stats=core.shelf.stats,
         token_bytes=lambda: core.mixtures.nbytes,
     )
-    router = RoutingService(load_pool_router(settings, pool), observe=metrics.route_stage)
+    router = RoutingService(
+        load_pool_router(settings, pool), observe=metrics.route_stage, after_work=release_team
+    )
     return connect(
         settings,
         metrics=metrics,
@@ -93,6 +96,7 @@ def build(settings: Settings) -> Parts:
     )
 
 
+@releasing
 def build_core(settings: Settings, pool: Pool, *, among: int = 1, devices: int | None = None) -> Core:
     """What generates: the base with its experts, and the engine over them, which is not started yet.
 
@@ -301,6 +305,7 @@ def place_model(
     return slot
 
 
+@releasing
 def read_adapter(
     folder: Path,
     name: str,

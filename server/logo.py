@@ -13,6 +13,7 @@ from typing import Protocol
 from loramux.adapters.lora import LoraAdapter
 from loramux.adapters.residency import Handle
 from loramux.adapters.responses import Listener, Responders, Signal, common_module
+from loramux.kernels.team import releasing
 from loramux.server.engine.local import LocalEngine
 from loramux.server.engine.protocol import Engine, Sampling, Work
 from loramux.server.errors import RequestError
@@ -90,10 +91,10 @@ class LocalHearing:
             )
         module, responders = await self._responders(experts)
         listener = await self.listen(prompt, module)
-        x = await asyncio.to_thread(listener.heard)
+        x = await asyncio.to_thread(releasing(listener.heard))
         if x is None:
             raise RuntimeError(f"nothing passed {module} of the base")
-        return await asyncio.to_thread(responders.signals, x, signal)
+        return await asyncio.to_thread(releasing(responders.signals), x, signal)
 
     async def listen(self, prompt: tuple[int, ...], module: str) -> Listener:
         """A pass of the base over the prompt, heard at a module."""
@@ -110,7 +111,7 @@ class LocalHearing:
         contents = tuple(expert.content_hash for expert in experts.values())
         if self._stacked is None or self._stacked[0] != contents:
             module = common_module(experts)
-            made = await asyncio.to_thread(Responders, list(experts.values()), module)
+            made = await asyncio.to_thread(releasing(Responders), list(experts.values()), module)
             self._stacked = contents, module, made
             return module, made
         return self._stacked[1], self._stacked[2]

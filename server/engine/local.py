@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from loramux.adapters.layers import AdapterLayers
+from loramux.kernels.team import release_team
 from loramux.server.engine.alike import check_alike
 from loramux.server.engine.grammars import Grammars, matcher_of
 from loramux.server.engine.masks import Masks
@@ -131,6 +132,7 @@ class LocalEngine:
         if feature := unsupported(self._model):
             raise EngineError(f"{type(self._model).__name__} has {feature}")
         self._closed = None
+        release_team()  # that of who loaded the model
         # A daemon: a process that ends without a proper stop must not hang on this thread.
         self._thread = threading.Thread(target=self._run, name="loramux-engine", daemon=True)
         self._thread.start()
@@ -179,12 +181,11 @@ class LocalEngine:
         running = sum(sequence.started for sequence in list(self._sequences.values()))
         waiting = len(self._sequences) - running
         pages = self._scheduler.pages
-        usage = 1 - pages.free / pages.count
         return replace(
             self._stats,
             running=running,
             waiting=waiting,
-            kv_usage=usage,
+            kv_usage=1 - pages.free / pages.count,
             preemptions=self._scheduler.preemptions,
             kv_pages=pages.count,
             kv_page_tokens=pages.size,
@@ -343,8 +344,7 @@ class LocalEngine:
 
     def _fail(self, chunks: Items[Chunk], error: Exception) -> None:
         log.warning("a step failed: %s", error, exc_info=log.isEnabledFor(logging.DEBUG))
-        exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        kind = EngineExhausted if exhausted else EngineError
+        kind = EngineExhausted if isinstance(error, torch.OutOfMemoryError | MemoryError) else EngineError
         self._masks.wait()
         for chunk in chunks:
             self._drop(chunk.sequence, str(error) or type(error).__name__, kind)

@@ -72,6 +72,27 @@ def test_a_batch_has_a_limit() -> None:
     asyncio.run(main())
 
 
+def test_the_thread_that_reads_is_told_when_it_has_read() -> None:
+    async def main() -> None:
+        backend, router = parts()
+        told: list[str] = []
+        service = RoutingService(router, after_work=lambda: told.append(threading.current_thread().name))
+        await service.decide("text")
+        await service.embed(["another"])
+
+        def fail(texts: Sequence[str]) -> None:
+            raise RuntimeError("no")
+
+        backend.before = fail
+        with pytest.raises(RuntimeError, match="no"):
+            await service.decide("a third")
+        assert len(told) == len(backend.batches) == 3
+        assert {name.split("_")[0] for name in told} == {"loramux-router"}
+        await service.close()
+
+    asyncio.run(main())
+
+
 def test_one_text_asked_many_times_is_embedded_once() -> None:
     async def main() -> None:
         backend, router = parts()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loramux.kernels.gated_lora.tabled import TabledForm
+from loramux.kernels.team import release_team
 from loramux.server.engine.attention import _zeros
 from loramux.server.engine.graphs import StepGraphs
 from loramux.server.engine.protocol import (
@@ -15,6 +16,7 @@ from loramux.server.engine.protocol import (
     PromptScored,
     Started,
 )
+from tests.teams import settled, threads, work
 from tests.tiny import (
     greedy,
     random_experts,
@@ -68,6 +70,21 @@ def test_sixteen_concurrent_streams_equal_their_isolated_runs(prefix_sharing: bo
         if prompt is shared
     }
     assert len(set(by_mixture.values())) == len(MIXTURES)
+
+
+@pytest.mark.skipif(torch.get_num_threads() < 2, reason="one processor has no teams")
+def test_who_starts_an_engine_keeps_no_team_of_threads() -> None:
+    """Two teams have more threads than there are processors, and then every one of a step's products waits to
+    be woken."""
+
+    async def scenario() -> None:
+        work()
+        async with running(tiny_llama()):
+            before = threads()
+            release_team()
+            assert settled(before)
+
+    asyncio.run(scenario())
 
 
 def test_captured_steps_say_what_plain_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:
