@@ -132,7 +132,6 @@ class LocalEngine:
         if feature := unsupported(self._model):
             raise EngineError(f"{type(self._model).__name__} has {feature}")
         self._closed = None
-        release_team()  # that of who loaded the model
         # A daemon: a process that ends without a proper stop must not hang on this thread.
         self._thread = threading.Thread(target=self._run, name="loramux-engine", daemon=True)
         self._thread.start()
@@ -157,6 +156,7 @@ class LocalEngine:
     async def run(self, work: Work) -> AsyncGenerator[Event, None]:
         matcher = await matcher_of(self._grammars, work.grammar)
         self._admit(work)
+        release_team()  # of the caller's thread, which has loaded a model or an adapter
         sequence = Sequence(work, self._stop_ids(work), asyncio.get_running_loop(), matcher)
         if (ended := sequence.resume()) is not None:  # its last token came, and the end of it did not
             yield ended
@@ -275,6 +275,7 @@ class LocalEngine:
                     break
                 else:
                     self._flush()
+                    release_team()  # another engine of this process may step
                     self._wake.wait()
         except BaseException as fault:
             log.exception("the engine died")
