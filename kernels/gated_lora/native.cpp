@@ -64,6 +64,8 @@ static const int64_t STRIP_TOKENS = 24;
 // would jump from row to row more often, which memory is slow at.
 static const int64_t TILE = 256;
 static const int64_t TILE_ROWS = 32;
+// Rows of it that are asked for before they are copied.
+static const int64_t AHEAD = 6;
 // Columns at a time of a single token.
 static const int64_t STREAM = 1024;
 // A thread's columns begin at a multiple of this.
@@ -80,6 +82,14 @@ namespace avx2 {
 }
 #undef LEVEL
 #pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
+#define LEVEL 3
+namespace avx512 {
+#include "native_body.inc"
+}
+#undef LEVEL
+#pragma GCC pop_options
 #endif
 
 #define LEVEL 1
@@ -88,23 +98,44 @@ namespace baseline {
 }
 #undef LEVEL
 
+// The widest instruction set that is used at most: 1, 2 for AVX2 or 3 for AVX-512.
+static int allowed = 3;
+
+static int level() {
 #ifdef DISPATCH
-static bool is_wide() {
-    static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return wide;
+    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    static const int best = avx512 ? 3 : avx2 ? 2 : 1;
+    return best < allowed ? best : allowed;
+#else
+    return 1;
+#endif
 }
+
+#ifdef DISPATCH
+#define CHOOSE(...)                            \
+    switch (level()) {                         \
+        case 3: return avx512::__VA_ARGS__;    \
+        case 2: return avx2::__VA_ARGS__;      \
+        default: return baseline::__VA_ARGS__; \
+    }
+#else
+#define CHOOSE(...) return baseline::__VA_ARGS__;
 #endif
 
 template <class E, class F>
 static void choose(const Call *call, E *y, const E *x, int half) {
-#ifdef DISPATCH
-    if (is_wide()) return avx2::run<E, F>(*call, y, x, half);
-#endif
-    baseline::run<E, F>(*call, y, x, half);
+    CHOOSE(run<E, F>(*call, y, x, half))
 }
 
 // Named for the type of x and y, then that of the factors.
 extern "C" {
+// Allow no wider instructions than `most` from now on; returns what is used then.
+int gated_lora_allow(int most) {
+    allowed = most;
+    return level();
+}
 void gated_lora_f32_f32(const Call *call, float *y, const float *x, int half) {
     choose<float, float>(call, y, x, half);
 }
@@ -116,23 +147,14 @@ void gated_lora_bf16_bf16(const Call *call, bf16 *y, const bf16 *x, int half) {
 }
 // hidden [tokens, rows] = x [tokens, width] times the factor transposed.
 void gated_lora_shrink_f32(const Plain *plain, const float *x, float *hidden, int64_t tokens) {
-#ifdef DISPATCH
-    if (is_wide()) return avx2::shrink_plain(*plain, x, hidden, tokens);
-#endif
-    baseline::shrink_plain(*plain, x, hidden, tokens);
+    CHOOSE(shrink_plain(*plain, x, hidden, tokens))
 }
 // y [tokens, width] += hidden [tokens, rows] times the factor.
 void gated_lora_expand_f32(const Plain *plain, float *y, const float *hidden, int64_t tokens) {
-#ifdef DISPATCH
-    if (is_wide()) return avx2::expand_plain(*plain, y, hidden, tokens);
-#endif
-    baseline::expand_plain(*plain, y, hidden, tokens);
+    CHOOSE(expand_plain(*plain, y, hidden, tokens))
 }
 // scratch: tokens * (rank + logits), then the gate, tokens * (experts, or rank, or nothing), then tokens * rank.
 void gated_lora_tokens_f32(const TokenGate *own, float *y, const float *x, float *scratch, int64_t tokens) {
-#ifdef DISPATCH
-    if (is_wide()) return avx2::run_tokens(*own, y, x, scratch, tokens);
-#endif
-    baseline::run_tokens(*own, y, x, scratch, tokens);
+    CHOOSE(run_tokens(*own, y, x, scratch, tokens))
 }
 }

@@ -53,12 +53,20 @@ def library() -> ctypes.CDLL | None:
             function = getattr(found, name)
             function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int]
             function.restype = None
+        found.gated_lora_allow.argtypes, found.gated_lora_allow.restype = [ctypes.c_int], ctypes.c_int
         found.gated_lora_tokens_f32.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int64]
         found.gated_lora_tokens_f32.restype = None
         for function in (found.gated_lora_shrink_f32, found.gated_lora_expand_f32):
             function.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_int64]
             function.restype = None
     return found
+
+
+def allow(most: int) -> int:
+    """Let the library use no wider instructions than these from now on, for tests: 1, 2 for AVX2, 3 for
+    AVX-512. Returns what it uses then, 0 without a library."""
+    found = library()
+    return 0 if found is None else int(found.gated_lora_allow(most))
 
 
 class NativeForm:

@@ -1,7 +1,7 @@
 """Every form of the CPU against the formula: fresh inputs, odd sizes, every kind of traffic."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from loramux.kernels.gated_lora import (
     gated_lora_reference,
     plan_step,
 )
-from loramux.kernels.gated_lora.native import FUNCTIONS, library
+from loramux.kernels.gated_lora.native import FUNCTIONS, allow, library
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 ROWS = 97
@@ -54,15 +54,34 @@ def dense(_x: torch.dtype, _factors: torch.dtype) -> Form:
     return DenseForm()
 
 
+@pytest.fixture(autouse=True)
+def widest() -> Iterator[None]:
+    yield
+    allow(WIDEST)
+
+
 def native(x: torch.dtype, factors: torch.dtype) -> Form:
     if library() is None:
         pytest.skip("installed without a C++ compiler: there is no native library")
     return NativeForm(x, factors)
 
 
+def native_avx2(x: torch.dtype, factors: torch.dtype) -> Form:
+    if allow(2) < 2:
+        pytest.skip("no AVX2 here")
+    return native(x, factors)
+
+
+def native_baseline(x: torch.dtype, factors: torch.dtype) -> Form:
+    allow(1)
+    return native(x, factors)
+
+
+WIDEST = 3
+EVERY_NATIVE = (native, native_avx2, native_baseline)
 CASES = [
     *((dense, dtype, dtype) for dtype in TOLERANCE),
-    *((native, *dtypes) for dtypes in FUNCTIONS),
+    *((make, *dtypes) for make in EVERY_NATIVE for dtypes in FUNCTIONS),
 ]
 
 
@@ -102,7 +121,7 @@ def apply(form: Form, plan: Plan, y: torch.Tensor, x: torch.Tensor, a: torch.Ten
         bound(y, x)
 
 
-@pytest.mark.parametrize("make", [dense, native])
+@pytest.mark.parametrize("make", [dense, *EVERY_NATIVE])
 def test_one_token_alone(make: Callable[[torch.dtype, torch.dtype], Form]) -> None:
     """The decode step of a single request takes a way of its own through the library."""
     slot = GateSlot(((3, 10), (50, 82)), torch.randn(39), frozenset({"m"}))
@@ -142,7 +161,7 @@ def test_the_plan_gates_exactly_what_each_request_asked_for(kind: str) -> None:
     assert torch.equal(dense_gate(plan_step(segments), tokens, ROWS), expected)
 
 
-@pytest.mark.parametrize("make", [dense, native])
+@pytest.mark.parametrize("make", [dense, *EVERY_NATIVE])
 def test_rows_of_others_never_reach_a_token(make: Callable[[torch.dtype, torch.dtype], Form]) -> None:
     """NaN in every row that the batch does not use, and zero in the output of the tokens it does not
     touch."""
@@ -163,7 +182,7 @@ def test_a_batch_without_adapters_has_an_empty_plan() -> None:
     assert plan_step([(None, 1), (None, 30)]).is_empty
 
 
-@pytest.mark.parametrize("make", [dense, native])
+@pytest.mark.parametrize("make", [dense, *EVERY_NATIVE])
 def test_a_module_that_no_adapter_targets_is_left_alone(
     make: Callable[[torch.dtype, torch.dtype], Form],
 ) -> None:
