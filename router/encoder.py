@@ -16,7 +16,7 @@ from .encoder_files import fingerprint, inspect_encoder, read_json
 from .encoder_place import EncoderPlace
 from .errors import RouterError, RouterFileError
 from .reading import Reading
-from .transformer_backend import TransformerBackend, is_plain
+from .transformer_backend import Prepare, TransformerBackend, is_plain
 
 E5_PREFIX = "query: "
 E5_MAX_TOKENS = 512
@@ -65,12 +65,14 @@ class Encoder:
         max_tokens: int = E5_MAX_TOKENS,
         device: str = "cpu",
         cache_dir: Path | None = None,
+        prepare: Prepare | None = None,
     ) -> Self:
         """Load a directory, an installed package's model, or a hub id that is in the local cache.
 
         Nothing is downloaded, no code is run. The id is `id` when given, else the hub id, else a fingerprint
         of the directory's content.
         `prefix` None takes the model's own (`own_prefix`); `max_tokens` is lowered to the model's own limit.
+        `prepare` is called with a transformer that computes on a CPU.
         Raises RouterFileError naming what is wrong.
         """
         if max_tokens < 1:
@@ -82,7 +84,7 @@ class Encoder:
         if files.kind == "static":
             backend = StaticBackend(files.weights_dir, max_tokens)
         elif is_plain(files):
-            backend = TransformerBackend(files, max_tokens, device)
+            backend = TransformerBackend(files, max_tokens, device, prepare)
         else:
             backend = SentenceTransformerBackend(files, max_tokens, device)
         spec = EncoderSpec(

@@ -28,6 +28,7 @@ from .header import FORMAT, NEWEST_VERSION, VERSION, Header, read_header
 from .packages import package_folder
 from .router import DEFAULTS, Router
 from .state import RouterState, Samples
+from .transformer_backend import Prepare
 
 ROUTER_FILE, TENSORS_FILE = "router.json", "router.safetensors"
 
@@ -152,12 +153,14 @@ def load_router(
     encoder_id: str | None = None,
     defaults: RoutingOptions = DEFAULTS,
     device: str = "cpu",
+    prepare: Prepare | None = None,
 ) -> Router:
     """Load a router directory with its encoder and classifier, ready to decide.
 
     `experts`: the pool's ids, which must be exactly the router's. `encoder`: a directory or cached hub id to
     use instead of the stored one; it must be the model the centroids were made with (`encoder_id` overrides
-    the id it is compared by). Raises RouterFileError naming file and field, one line.
+    the id it is compared by), `prepare` as `Encoder.load` has it. Raises RouterFileError naming file and
+    field, one line.
     """
     file = folder / ROUTER_FILE
     header = read_header(file)
@@ -170,7 +173,7 @@ def load_router(
         raise RouterFileError(
             file, "experts", f"differ from the pool's: missing {missing}, unknown {unknown}"
         )
-    loaded = _load_encoder(folder, header, encoder, encoder_id, device)
+    loaded = _load_encoder(folder, header, encoder, encoder_id, device, prepare)
     _same_encoder(file, state.encoder, loaded.spec, header.encoder_package)
     classifier: Classifier | None = None
     if header.classifier_path is not None:
@@ -191,6 +194,7 @@ def _load_encoder(
     override: str | Path | None,
     override_id: str | None,
     device: str,
+    prepare: Prepare | None,
 ) -> Encoder:
     location: str | Path
     spec, path, identity = header.encoder, header.encoder_path, override_id
@@ -207,7 +211,14 @@ def _load_encoder(
             identity = identity or spec.id
     else:
         location = spec.id
-    return Encoder.load(location, id=identity, prefix=spec.prefix, max_tokens=spec.max_tokens, device=device)
+    return Encoder.load(
+        location,
+        id=identity,
+        prefix=spec.prefix,
+        max_tokens=spec.max_tokens,
+        device=device,
+        prepare=prepare,
+    )
 
 
 def _same_encoder(file: Path, stored: EncoderSpec, loaded: EncoderSpec, package: Package | None) -> None:

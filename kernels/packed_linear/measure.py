@@ -12,7 +12,7 @@ from loramux.kernels.packed_linear.native import NativeMatrix
 from loramux.kernels.packed_linear.onednn import PackedLinear, can_pack
 
 #: Copies of the matrix take so many bytes in float32: more than caches have.
-_BYTES = 48 * 2**20
+_BYTES = 96 * 2**20
 #: A larger matrix is measured by some of its rows.
 _VALUES = 2**21
 
@@ -28,7 +28,7 @@ class Timing(NamedTuple):
 
 @torch.inference_mode()
 def time_product(rows: int, columns: int, kind: Kind, tokens: int = 1) -> Timing:
-    """Measure both forms in turns; takes about a tenth of a second and 75 MB. The library must be there."""
+    """Measure both forms in turns, in some tenths of a second and 200 MB. The library must be there."""
     rows = max(1, min(rows, _VALUES // columns))
     copies = max(2, _BYTES // (4 * rows * columns))
     x = torch.ones(tokens, columns)

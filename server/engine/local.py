@@ -332,8 +332,7 @@ class LocalEngine:
         for chunk, rows in zip(chunks, logits.rows, strict=True):
             if chunk.sequence.needs_prompt_scores:
                 chunk.sequence.prompt_scores += prompt_scores(logits.values[rows], chunk)
-        sequences = [chunk.sequence for chunk in chunks if chunk.samples]
-        if not sequences:
+        if not (sequences := [chunk.sequence for chunk in chunks if chunk.samples]):
             return []
         last = [rows.stop - 1 for chunk, rows in zip(chunks, logits.rows, strict=True) if chunk.samples]
         values, best, captured = logits.values, logits.best, logits.captured

@@ -36,8 +36,9 @@ HALVES = {
 #: Weights in float32 that a kernel of ours reads as they lie, which computes every row alike and, of few
 #: tokens, is faster than oneDNN's layout.
 FULL = Kinds(Kind.F32, Kind.F32)
-#: Requests at once whose step has to gain from that, beside the step of one.
-_MANY = 16
+#: Requests at once whose step has to gain from that, beside the step of one; and the product of both gains
+#: from which on it is taken. Less than 1, since a step is one call then, which gains a fifth (docs/log.md).
+_MANY, _GAIN = 16, 0.7
 #: Types of GGUF that a kernel reads as they lie in the file.
 _READ = frozenset({Kind.BF16, Kind.F16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1})
 
@@ -79,7 +80,7 @@ def choose_full(shape: tuple[int, int], why: str = "weights in float32, as asked
         return Choice(None, f"{why}; there are no compiled kernels")
     one, many = (time_product(*shape, FULL.linear, tokens) for tokens in (1, _MANY))
     gains = [timing.plain / timing.stored for timing in (one, many)]
-    keep = gains[0] * gains[1] > 1
+    keep = gains[0] * gains[1] > _GAIN
     found = f"{gains[0]:.2f} times as fast for one token as oneDNN's layout, {gains[1]:.2f} for {_MANY}"
     return Choice(FULL if keep else None, f"{why}; read {'as they lie' if keep else 'in a layout'}: {found}")
 

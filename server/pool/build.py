@@ -24,6 +24,7 @@ from loramux.server.pool.assembly import Assembly, check_target, copy_tree
 from loramux.server.pool.build_report import BuildReport, ExpertLine, write_report
 from loramux.server.pool.clustering import Clustering, Embedded, cluster, embed, trained_encoder
 from loramux.server.pool.manifest import ExpertEntry, PoolError
+from loramux.server.pool.routing import lay_out
 from loramux.server.pool.stages import Stages
 from loramux.server.pool.training_base import load_training_base
 
@@ -93,7 +94,7 @@ def build_pool(data: Sequence[Path], out: Path, options: BuildOptions) -> BuildR
     location: str | Path = options.encoder or trained_encoder(
         rows, stages.folder / "encoder", options.embedder, stages
     )
-    encoder = Encoder.load(location)
+    encoder = Encoder.load(location, prepare=lay_out)
     kept_vectors = embed(encoder, rows, stages, "embeddings")
     held_vectors = embed(encoder, held, stages, "held-out embeddings")
     clustering = cluster(

@@ -20,6 +20,7 @@ from loramux.server.base_files import BaseFiles
 from loramux.server.pool.assembly import Assembly, check_id, check_target, copy_adapter
 from loramux.server.pool.example_texts import check_texts, routing_vectors
 from loramux.server.pool.manifest import ExpertEntry, PoolError
+from loramux.server.pool.routing import lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ def new_pool(out: Path, experts: Sequence[NewExpert], options: NewOptions) -> di
         check_texts(expert.id, expert.texts)
         read_lora(expert.adapter, id=expert.id, base=shapes, any_base=options.any_base)
     place = EncoderPlace.find(options.encoder)
-    encoder = Encoder.load(options.encoder)
+    encoder = Encoder.load(options.encoder, prepare=lay_out)
     vectors = [routing_vectors(encoder, expert.id, expert.texts) for expert in experts]
     labels = np.repeat(np.arange(len(experts)), [len(rows) for rows in vectors])
     state = fit_router(

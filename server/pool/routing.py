@@ -1,5 +1,7 @@
 """The router of a pool, without the base: what `loramux route` needs, and the server too."""
 
+from typing import Any
+
 from loramux.router.decision import STRATEGIES, RoutingOptions
 from loramux.router.router import Router
 from loramux.router.store import load_router
@@ -22,6 +24,13 @@ def open_pool(settings: Settings) -> Pool:
     return pool
 
 
+def lay_out(encoder: Any) -> None:
+    """Its layers as the processor likes them; a static encoder needs no torch, and never comes here."""
+    from loramux.kernels.packed_linear import pack_linears
+
+    pack_linears(encoder)
+
+
 def load_pool_router(settings: Settings, pool: Pool) -> Router:
     """The router of a pool, with the settings' defaults.
 
@@ -33,6 +42,7 @@ def load_pool_router(settings: Settings, pool: Pool) -> Router:
         experts=[entry.id for entry in pool.manifest.experts],
         encoder=settings.encoder,
         defaults=options_of(settings.routing),
+        prepare=lay_out,
     )
 
 
