@@ -7,7 +7,8 @@ import pytest
 
 from loramux.router.backends import SentenceTransformerBackend
 from loramux.router.encoder_files import inspect_encoder
-from loramux.router.transformer_backend import TransformerBackend, is_plain
+from loramux.router.transformer_backend import Prepare, TransformerBackend, is_plain
+from loramux.server.pool.routing import lay_out
 from tests.unit.router.bert import write_e5
 from tests.unit.router.kit import edit_json, write_json
 
@@ -29,11 +30,14 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("limit", [24, 512])
-def test_both_backends_give_the_same_vectors(folder: Path, pooling: str, limit: int) -> None:
+@pytest.mark.parametrize("prepare", [None, lay_out])
+def test_both_backends_give_the_same_vectors(
+    folder: Path, pooling: str, limit: int, prepare: Prepare | None
+) -> None:
     write_json(folder / "1_Pooling" / "config.json", {"embedding_dimension": 384, "pooling_mode": pooling})
     files = inspect_encoder(folder)
     assert is_plain(files)
-    ours = TransformerBackend(files, limit, "cpu")
+    ours = TransformerBackend(files, limit, "cpu", prepare)
     theirs = SentenceTransformerBackend(files, limit, "cpu")
     assert (ours.dimension, ours.max_tokens) == (theirs.dimension, theirs.max_tokens) == (384, limit)
     got, cut = ours.embed(TEXTS)
