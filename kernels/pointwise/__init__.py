@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loramux.kernels.compiled import compiled, readable
 
-__all__ = ["SERIAL", "library", "rms_norm", "rotate_", "swiglu_", "takes"]
+__all__ = ["SERIAL", "forbid_", "library", "rms_norm", "rotate_", "swiglu_", "takes"]
 
 #: Below this many values a second thread is not worth waking.
 SERIAL = 65536
@@ -27,8 +27,9 @@ def library() -> ctypes.CDLL | None:
         found.pointwise_rms_norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_float, number]
         found.pointwise_rotate.argtypes = [*[pointer] * 3, *[number] * 4]
         found.pointwise_swiglu.argtypes = [pointer, pointer, number, number]
-        for function in (found.pointwise_rms_norm, found.pointwise_rotate, found.pointwise_swiglu):
-            function.restype = None
+        found.pointwise_forbid.argtypes = [pointer, number, pointer, number, pointer, number]
+        for name in ("rms_norm", "rotate", "swiglu", "forbid"):
+            getattr(found, f"pointwise_{name}").restype = None
     return found
 
 
@@ -51,6 +52,21 @@ def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), tokens, heads, dim, _threads(x.numel())
     )
     return x
+
+
+def forbid_(logits: Tensor, masks: Tensor, rows: Tensor) -> Tensor:
+    """Minus infinity in some rows of logits [rows, vocabulary] where a row's mask has a 0, and beyond it.
+
+    Args:
+        logits: contiguous float32.
+        masks: int32 [count, words], contiguous; token 32 w + i is bit i of word w.
+        rows: int64 [count], the row of each mask; they are not checked.
+    """
+    count, words = masks.shape
+    _there().pointwise_forbid(
+        logits.data_ptr(), logits.shape[-1], masks.data_ptr(), words, rows.data_ptr(), count
+    )
+    return logits
 
 
 def takes(*tensors: Tensor) -> bool:

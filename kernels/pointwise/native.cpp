@@ -50,6 +50,11 @@ void pointwise_rotate(float *x, const float *cos, const float *sin, int64_t toke
                       int64_t threads) {
     CHOOSE(rotate(x, cos, sin, tokens, heads, dim, threads));
 }
+// logits [.., vocabulary] in place: minus infinity in `rows` where a bit of masks [count, words] is 0.
+void pointwise_forbid(float *logits, int64_t vocabulary, const uint32_t *bits, int64_t words, const int64_t *rows,
+                      int64_t count) {
+    CHOOSE(forbid(logits, vocabulary, bits, words, rows, count));
+}
 // gate [n] in place: silu(gate) * up
 void pointwise_swiglu(float *gate, const float *up, int64_t n, int64_t threads) {
     CHOOSE(swiglu(gate, up, n, threads));

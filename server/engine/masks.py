@@ -1,24 +1,28 @@
-"""Which tokens each row of a step may have: found beside the forward pass, put over its logits after it."""
+"""Which tokens each row of a step may have, put over its logits."""
 
+import time
 from collections.abc import Sequence as Items
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from llguidance import LLExecutor
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loramux.kernels.pointwise import forbid_, takes
 from loramux.server.engine.grammars import Grammars
 from loramux.server.engine.scheduler import Chunk
 from loramux.server.engine.sequence import Sequence
 
-_Mask = NDArray[np.bool_]
+#: Seconds that masks take one after the other at most, before all cores are woken for the next ones.
+_LONG = 5e-3
 
 
 class Masks:
-    """Used by the stepping thread alone, between whose calls of `begin` and `apply_` another thread works.
+    """Used by the stepping thread alone. Beside a GPU another thread works between its calls of `begin` and
+    `apply_`; on a CPU the step itself needs every core, and waking others takes longer than most masks.
 
     What it works with is made when the first sequence with a grammar comes.
     """
@@ -28,7 +32,9 @@ class Masks:
         self._max_running = max_running
         self._device = device
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        self._pending: Future[_Mask | None] | None = None
+        self._pending: Future[None] | None = None
+        self._constrained: Items[Sequence] = ()
+        self._seconds = 0.0
         self._width = 0
         self._bits: NDArray[np.int32] = np.zeros((0, 0), dtype=np.int32)
 
@@ -39,27 +45,30 @@ class Masks:
             self.wait()
             if not self._width:
                 self._prepare()
-            self._pending = self._thread.submit(self._fill, constrained)
+            self._constrained = constrained
+            if self._device.type != "cpu":
+                self._pending = self._thread.submit(self._fill)
 
     def apply_(self, logits: Tensor, rows: Items[int]) -> None:
         """Put minus infinity where the masks that were begun forbid it; `rows` of logits
         [rows, vocabulary] are those sequences, in their order. Tokens beyond the masks are forbidden."""
-        assert self._pending is not None  # there are such rows only where it was begun
-        forbidden = self._pending.result()
-        if forbidden is None:
-            packed = self._packed[: len(rows)]
-            packed.copy_(self._staged[: len(rows)], non_blocking=True)
-            over = unpacked(packed)
+        if self._pending is None:
+            self._fill()
         else:
-            over = torch.from_numpy(forbidden)
+            self._pending.result()
+        masks = self._staged[: len(rows)]
+        at = torch.tensor(rows)
+        if takes(logits) and logits.is_contiguous():
+            forbid_(logits, masks, at)
+            return
+        packed = self._packed[: len(rows)]
+        packed.copy_(masks, non_blocking=True)
         width = min(self._width, logits.shape[-1])
-        every = len(rows) == len(logits)
-        at = torch.tensor(rows, device=logits.device)
-        chosen = logits if every else logits[at]
-        chosen[:, :width].masked_fill_(over[:, :width], -torch.inf)
+        at = at.to(logits.device)
+        chosen = logits[at]
+        chosen[:, :width].masked_fill_(unpacked(packed)[:, :width], -torch.inf)
         chosen[:, width:] = -torch.inf
-        if not every:
-            logits[at] = chosen
+        logits[at] = chosen
 
     def wait(self) -> None:
         """Until what was begun has ended, also where its step failed: till then its matchers are in use."""
@@ -81,15 +90,17 @@ class Masks:
         self._packed = self._staged.to(self._device)
         self._executor = LLExecutor()
 
-    def _fill(self, sequences: Items[Sequence]) -> _Mask | None:
-        """The masks into the staged bits; for a CPU they are unpacked right here, True where forbidden."""
-        matchers = [(one.matcher, row) for row, one in enumerate(sequences) if one.matcher is not None]
-        fill_next_token_bitmask_par(self._executor, matchers, self._bits)
-        if self._device.type != "cpu":
-            return None
-        packed = self._bits[: len(matchers)].view(np.uint8)
-        allowed = np.unpackbits(packed, axis=1, bitorder="little")
-        return np.equal(allowed, 0)
+    def _fill(self) -> None:
+        """The masks into the staged bits; with all cores where the last ones took long."""
+        started = time.perf_counter()
+        matchers = [one.matcher for one in self._constrained if one.matcher is not None]
+        if self._device.type != "cpu" or self._seconds > _LONG:
+            pairs = [(matcher, row) for row, matcher in enumerate(matchers)]
+            fill_next_token_bitmask_par(self._executor, pairs, self._bits)
+        else:
+            for row, matcher in enumerate(matchers):
+                fill_next_token_bitmask(matcher, self._bits, row)
+        self._seconds = time.perf_counter() - started
 
 
 def unpacked(packed: Tensor) -> Tensor:

@@ -247,6 +247,7 @@ class Sampler:
         self._draws: Draws | None = None
         self._drawn: Items[Sequence] = ()
 
+    @torch.inference_mode()
     def choose(
         self,
         logits: Tensor,
@@ -258,7 +259,8 @@ class Sampler:
         """A token for each sequence.
 
         Args:
-            logits: float32 [sequences, vocabulary], which stay as they are.
+            logits: float32 [sequences, vocabulary], which stay as they are where any sequence asks for
+                log-probabilities.
             best: int64 [sequences], their argmax, where it is known.
             captured: draws from these logits, where that was captured.
             masks: begun for those sequences that follow a grammar, in their order.
@@ -277,7 +279,7 @@ class Sampler:
         else:
             scores = logits
             if changed:
-                scores = logits.clone()
+                scores = logits if all(s.logprobs is None for s in settings) else logits.clone()
                 for row in adjusted:
                     adjust_(scores[row], sequences[row])
             if masks is not None and masked:  # after the bias: no wish of a client's goes beyond the grammar

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loramux.kernels.pointwise import library, rms_norm, rotate_, swiglu_
+from loramux.kernels.pointwise import forbid_, library, rms_norm, rotate_, swiglu_
 
 pytestmark = pytest.mark.skipif(library() is None, reason="installed without a C++ compiler")
 
@@ -32,6 +32,21 @@ def test_rotate(tokens: int, heads: int, dim: int) -> None:
     expected = x.double() * cos.double()[:, None] + turned * sin.double()[:, None]
     assert rotate_(x, cos, sin) is x
     assert close(x, expected)
+
+
+@pytest.mark.parametrize(("vocabulary", "words"), [(64, 2), (97, 4), (97, 3), (49_152, 1536), (40, 1)])
+def test_forbid(vocabulary: int, words: int) -> None:
+    logits = torch.randn(7, vocabulary)
+    rows = torch.randperm(7)[:4]
+    masks = torch.randint(-(2**31), 2**31, (4, words), dtype=torch.int32)
+    masks[0], masks[1, 0] = -1, 0
+    bits = (masks.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32)) & 1
+    allowed = torch.zeros(4, max(vocabulary, 32 * words), dtype=torch.bool)
+    allowed[:, : 32 * words] = bits.flatten(1) == 1
+    expected = logits.clone()
+    expected[rows] = logits[rows].masked_fill(~allowed[:, :vocabulary], -torch.inf)
+    assert forbid_(logits, masks, rows) is logits
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1536), (3, 7), (1, 100, 1000), (0, 8)])

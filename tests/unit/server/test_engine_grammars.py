@@ -95,7 +95,15 @@ def test_a_mask_allows_every_token_that_leads_to_a_text_of_the_language_and_no_o
     assert len(seen) > 5
 
 
-def test_masks_of_some_rows_change_those_alone() -> None:
+@pytest.mark.parametrize("long", [0.0, 60.0])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_masks_of_some_rows_change_those_alone(
+    monkeypatch: pytest.MonkeyPatch, long: float, compiled: bool
+) -> None:
+    """One after the other and with all cores, by our kernel and by torch."""
+    monkeypatch.setattr("loramux.server.engine.masks._LONG", long)
+    if not compiled:
+        monkeypatch.setattr("loramux.server.engine.masks.takes", lambda _: False)
     grammars = Grammars(TOKENIZER, (), SIZE + 40)
     rows = [constrained(regex_grammar(one), grammars) for one in ("a+", "[0-9]", "é")]
     masks = Masks(grammars, 4, CPU)
