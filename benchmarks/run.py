@@ -27,9 +27,9 @@ def add_package(name: str) -> None:
 if __name__ == "__main__":
     for package in ("benchmarks", "tests"):
         add_package(package)
-    from loramux.server.large_pages import ask_for_large_pages
+    from loramux.server.torch_memory import arrange_memory
 
-    ask_for_large_pages()
+    arrange_memory()
     from benchmarks.suite import main
 
     main()

@@ -14,7 +14,7 @@ from typer.completion import (  # type: ignore[attr-defined]
 from loramux.server.cli.commands import COMMANDS, Commands, help_without_command, listed_only
 from loramux.server.cli.failures import explain
 from loramux.server.cli.version import version
-from loramux.server.large_pages import ask_for_large_pages
+from loramux.server.torch_memory import arrange_memory
 
 #: The variable by which a shell asks for what could come next.
 COMPLETE = "_LORAMUX_COMPLETE"
@@ -75,7 +75,7 @@ def _options(
 
 def main() -> None:
     """Run the command line; what the operator can mend is one line on stderr (`failures.py`)."""
-    ask_for_large_pages()
+    arrange_memory()
     if COMPLETE in os.environ:
         completion_init()
     try:

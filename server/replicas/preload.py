@@ -2,9 +2,9 @@
 
 import os
 
-from loramux.server.large_pages import ask_for_large_pages
+from loramux.server.torch_memory import arrange_memory
 
-ask_for_large_pages()
+arrange_memory()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import loramux.server.build  # noqa: E402
