@@ -7,7 +7,7 @@ or 4 bits, and is widened in registers (`store_weights`).
 from loramux.kernels.packed_linear.kinds import BLOCK, Kind, Packed, pack, unpack
 from loramux.kernels.packed_linear.measure import Timing, time_product
 from loramux.kernels.packed_linear.native import Instructions, instruction_sets, library
-from loramux.kernels.packed_linear.onednn import PackedLinear, can_pack, pack_linears
+from loramux.kernels.packed_linear.onednn import PackedLinear, can_pack, direct_linears, pack_linears
 from loramux.kernels.packed_linear.store import Kinds, storable, store_weights
 from loramux.kernels.packed_linear.stored import FEW, StoredEmbedding, StoredLinear
 
@@ -23,6 +23,7 @@ __all__ = [
     "StoredLinear",
     "Timing",
     "can_pack",
+    "direct_linears",
     "instruction_sets",
     "library",
     "pack",

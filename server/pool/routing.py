@@ -25,10 +25,10 @@ def open_pool(settings: Settings) -> Pool:
 
 
 def lay_out(encoder: Any) -> None:
-    """Its layers as the processor likes them; a static encoder needs no torch, and never comes here."""
-    from loramux.kernels.packed_linear import pack_linears
+    """Its layers by the faster library; a static encoder needs no torch, and never comes here."""
+    from loramux.kernels.packed_linear import direct_linears
 
-    pack_linears(encoder)
+    direct_linears(encoder)
 
 
 def load_pool_router(settings: Settings, pool: Pool) -> Router:
