@@ -71,8 +71,8 @@ class PackedLinear(nn.Linear):
 
 
 class DirectLinear(nn.Linear):
-    """A frozen linear layer that oneDNN multiplies with its weight as it lies: no faster than torch where that
-    has the better library, and no byte more than the file that is mapped."""
+    """A frozen linear layer that oneDNN multiplies with its weight as it lies, which may be a mapped file: a
+    layout would be another copy."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
