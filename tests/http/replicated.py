@@ -30,7 +30,7 @@ SCHEMA = {
 SEEDED = {"temperature": 1.0, "seed": 11}
 BLEND = {"lora": [{"id": "total-per", "scale": 0.6}, {"id": "movie-song", "scale": 0.5}]}
 STREAMS: dict[str, dict[str, Any]] = {
-    "base": {"model": "loramux-demo-base"},
+    "base": {"model": "loramux-demo-base", "max_tokens": 400},  # goes on while others have ended
     "expert, seeded": {"model": "files-find", **SEEDED},
     "routed": {"model": "auto"},
     "blend, seeded and penalised": {
