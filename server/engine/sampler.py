@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, threshold
 
 from loramux.server.engine.masks import Masks
 from loramux.server.engine.protocol import LEAST_TEMPERATURE, Sampling, TokenScore
@@ -59,6 +59,10 @@ def _splitmix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+#: Logits so far below the highest count for nothing, and what their weights are below.
+_LEAST, _NOTHING = -80.0, 2e-35
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -114,7 +118,9 @@ def draw(logits: Tensor, draws: Draws, uniform: Tensor) -> Tensor:
         int64 [rows]; `NOT_FINITE` where the distribution is not.
     """
     weights = logits - logits.amax(dim=-1, keepdim=True)
-    weights.div_(draws.temperature).exp_()
+    # On a CPU the exponential of minus infinity takes up to four times as long as that of a number.
+    weights.div_(draws.temperature).clamp_(min=_LEAST).exp_()
+    threshold(weights, _NOTHING, 0.0, inplace=True)
     if draws.floored:
         weights.masked_fill_(weights < draws.min_p, 0.0)
     if draws.limited is not None:

@@ -17,6 +17,7 @@ from transformers import (
 from loramux.server.engine.protocol import Sampling
 from loramux.server.engine.sampler import (
     ATTEMPTS,
+    NOT_FINITE,
     UNSETTLED,
     Draws,
     Sampler,
@@ -253,6 +254,18 @@ def test_draws_invert_the_cumulative_distribution_in_the_order_of_ids() -> None:
         for u in (0.0, 0.49, 0.51, 0.69, 0.71, 1 - 2**-53)
     ]
     assert found == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("temperature", [0.01, 1.0, 100.0])
+def test_what_is_forbidden_is_never_drawn(u: float, temperature: float) -> None:
+    logits = torch.full((1, 300), -torch.inf)
+    logits[0, 171] = -3.0
+    draws = Draws.of([Sampling(max_tokens=1, temperature=temperature)], 300, logits.device)
+    assert int(draw(logits, draws, torch.full((1, ATTEMPTS), u, dtype=torch.float64))) == 171
+    assert (
+        int(draw(logits - torch.inf, draws, torch.full((1, ATTEMPTS), u, dtype=torch.float64))) == NOT_FINITE
+    )
 
 
 def test_a_captured_draw_says_what_a_plain_one_does_or_that_it_does_not_know() -> None:
