@@ -23,7 +23,7 @@ from loramux.kernels.packed_linear import Kinds, pack_linears, store_weights
 from loramux.server.engine.local import EngineLimits, LocalEngine
 from loramux.server.engine.model import load_base
 from loramux.server.engine.protocol import Sampling, Token, Work
-from loramux.server.engine.weights import prepare
+from loramux.server.engine.weights import choose_full, prepare
 from tests.tiny import random_adapter
 
 Found = TypeVar("Found")
@@ -158,9 +158,12 @@ async def running(
 ) -> AsyncIterator[Rig]:  # fmt: skip
     """An engine made as the server makes its own, over the checkpoint in `folder`.
 
-    Without a pool no layer of the base is wrapped. With `kinds` the weights are held so; without `lean` a
-    step has all the calls that transformers makes.
+    Without a pool no layer of the base is wrapped. With `kinds` the weights are held so, without them
+    as the server would choose; without `lean` in oneDNN's layout, and a step has all the calls that
+    transformers makes.
     """
+    if kinds is None and lean and (device, dtype, quantization) == ("cpu", "float32", "none"):
+        kinds = choose_full((shape.ffn, shape.hidden)).kinds
     held = dtype if kinds is None else "stored"
     model = load_base(folder, dtype=held, quantization=quantization, device=device)
     if lean:

@@ -98,20 +98,12 @@ namespace baseline {
 }
 #undef LEVEL
 
-// The widest instruction set that is used at most: 1, 2 for AVX2 or 3 for AVX-512.
+#include "../processor.inc"
+
+// No wider instructions than these are used.
 static int allowed = 3;
 
-static int level() {
-#ifdef DISPATCH
-    static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    static const int best = avx512 ? 3 : avx2 ? 2 : 1;
-    return best < allowed ? best : allowed;
-#else
-    return 1;
-#endif
-}
+static int level() { return widest() < allowed ? widest() : allowed; }
 
 #ifdef DISPATCH
 #define CHOOSE(...)                            \

@@ -39,10 +39,11 @@ namespace baseline {
 #include "native_body.inc"
 }
 
+#include "../processor.inc"
+
 extern "C" void mixlora_mix_f32(const Mix *call) {
 #ifdef DISPATCH
-    static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (wide) return avx2::run(*call);
+    if (widest() > 1) return avx2::run(*call);
 #endif
     baseline::run(*call);
 }

@@ -28,7 +28,7 @@ struct Matrix {
 };
 
 enum Kind { KIND_BF16, KIND_F16, KIND_INT8, KIND_Q8_0, KIND_Q4_0, KIND_Q4_1, KIND_F32 };
-// Instruction sets; BEST is the best of those that the processor has.
+// Instruction sets, those but the last as processor.inc numbers them; BEST is the best of those that the processor has.
 enum Set { BEST, BASELINE, AVX2, AVX512, AMX };
 
 // Values of a block, whatever the kind.
@@ -80,6 +80,8 @@ namespace baseline {
 }
 #undef LEVEL
 
+#include "../processor.inc"
+
 #ifdef MATRIX_UNIT
 // Whether there is a matrix unit, and the system lets this process use it: tiles are kept for a thread only where a
 // process has asked for that. A virtual machine or an old kernel may refuse.
@@ -98,19 +100,11 @@ static bool may_use_tiles() {
 #endif
 
 static int64_t best() {
-#ifdef DISPATCH
-    static const bool avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #ifdef MATRIX_UNIT
-    static const bool tiles = avx512 && may_use_tiles();
+    static const bool tiles = widest() == AVX512 && may_use_tiles();
     if (tiles) return AMX;
 #endif
-    return avx512 ? AVX512 : avx2 ? AVX2 : BASELINE;
-#else
-    return BASELINE;
-#endif
+    return widest();
 }
 
 // What is asked for, where the processor has it; the matrix unit has no float32.

@@ -6,6 +6,7 @@ layout no longer matters, and the library does: on some processors torch's own p
 (docs/log.md).
 """
 
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -29,19 +30,20 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, float32 [tokens, rows], of many tokens [tokens, columns] and a plain matrix [rows, columns]
-    on the CPU."""
+    """x Wᵀ + b, float32 [..., rows], of many tokens [..., columns] and a matrix [rows, columns] on the CPU,
+    plain or in oneDNN's layout."""
     if not _is_there():
         return F.linear(x, weight, bias)
-    return _multiply(x, weight, bias)
-
-
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    tokens = len(x)
+    flat = x.reshape(-1, x.shape[-1])
+    tokens = len(flat)
     if missing := -tokens % _MULTIPLE:
-        x = F.pad(x, (0, 0, 0, missing))
+        flat = F.pad(flat, (0, 0, 0, missing))
+    return _product(flat, weight, bias)[:tokens].view(*x.shape[:-1], len(weight))
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return y[:tokens]
+    return y
 
 
 @cache
@@ -64,10 +66,8 @@ class PackedLinear(nn.Linear):
         self._packed = [packed]  # without the look-up of a parameter, which costs a microsecond a call
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() <= TOKENS * self.in_features:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed[0], self.bias, "none", [], "")
-            return y
-        return _multiply(x.flatten(0, -2), self._packed[0], self.bias).view(*x.shape[:-1], self.out_features)
+        product = _product if x.numel() <= TOKENS * self.in_features else multiply
+        return product(x, self._packed[0], self.bias)
 
 
 class DirectLinear(nn.Linear):
@@ -81,18 +81,23 @@ class DirectLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return multiply(x.flatten(0, -2), self.weight, self.bias).view(*x.shape[:-1], self.out_features)
+        return multiply(x, self.weight, self.bias)
 
 
 def direct_linears(model: nn.Module) -> int:
     """Make every linear layer of a frozen float32 model on the CPU a `DirectLinear`; returns how many."""
-    made = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
+    found = list(_linears(model))
+    for parent, name, linear in found:
+        setattr(parent, name, DirectLinear(linear))
+    return len(found)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Linear layers that oneDNN can multiply: the module that has each, its name there, and the layer."""
+    for parent in model.modules():
+        for name, child in parent.named_children():
             if type(child) is nn.Linear and can_pack(child.weight):
-                setattr(parent, name, DirectLinear(child))
-                made += 1
-    return made
+                yield parent, name, child
 
 
 def pack_linears(model: nn.Module) -> int:
@@ -104,10 +109,9 @@ def pack_linears(model: nn.Module) -> int:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    packed = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and uses[id(child.weight)] == 1 and can_pack(child.weight):
-                setattr(parent, name, PackedLinear(child))
-                packed += 1
-    return packed
+    found = [place for place in _linears(model) if uses[id(place[2].weight)] == 1]
+    count = len(found)
+    while found:  # each gives up its plain weight before the next one is laid out
+        parent, name, linear = found.pop()
+        setattr(parent, name, PackedLinear(linear))
+    return count

@@ -50,12 +50,13 @@ namespace baseline {
 }
 #undef LEVEL
 
+#include "../processor.inc"
+
 template <class E>
 static void choose(const Rows *rows, const Layer *layer, const E *query, const E *key, const E *value, E *keys,
                    E *values, E *out, const float *sinks) {
 #ifdef DISPATCH
-    static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (wide) return avx2::run<E>(*rows, *layer, query, key, value, keys, values, out, sinks);
+    if (widest() > 1) return avx2::run<E>(*rows, *layer, query, key, value, keys, values, out, sinks);
 #endif
     baseline::run<E>(*rows, *layer, query, key, value, keys, values, out, sinks);
 }

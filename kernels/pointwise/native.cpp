@@ -22,18 +22,11 @@ namespace baseline {
 #include "native_body.inc"
 }
 
-static bool is_wide() {
-#ifdef DISPATCH
-    static const bool wide = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    return wide;
-#else
-    return false;
-#endif
-}
+#include "../processor.inc"
 
 #ifdef DISPATCH
-#define CHOOSE(call)                  \
-    if (is_wide()) return avx2::call; \
+#define CHOOSE(call)                     \
+    if (widest() > 1) return avx2::call; \
     return baseline::call
 #else
 #define CHOOSE(call) return baseline::call
